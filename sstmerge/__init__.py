@@ -1,0 +1,3 @@
+"""sstmerge: merge LoRA adapters by measured effect."""
+
+__version__ = "0.1.0"
