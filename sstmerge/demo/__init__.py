@@ -1,0 +1,1 @@
+"""The embedded demo: its base model, prompts, adapters and run."""

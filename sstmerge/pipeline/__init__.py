@@ -1,0 +1,1 @@
+"""The jobs of a user: merge, collect, evaluate, check, draw; the only layer that loads models."""

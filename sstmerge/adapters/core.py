@@ -1,0 +1,445 @@
+"""Core coordinates: the space in which every merge happens.
+
+For a layer with adapters ΔW_t = s_t B_t A_t, let U (d_out, R_o) be an orthonormal basis of the columns of all B_t and
+V (d_in, R_i) one of the rows of all A_t. Then ΔW_t = U C_t Vᵀ exactly, with the small core C_t = s_t (Uᵀ B_t)(A_t V).
+A merged layer is a core matrix; no d_out x d_in matrix is ever formed. (Core space: Panariello et al. 2025,
+https://arxiv.org/abs/2509.17786.)
+
+The bases are the singular vectors of the stacked weight changes [ΔW_1 … ΔW_T], each scaled to unit Frobenius norm. They
+depend on the weight changes alone and not on how a weight change is split into factors (the gauge B N, N⁻¹ A), so even
+methods that look at single entries of a core are gauge-invariant.
+
+A vector of the space is one flat float64 tensor of shape (D,), D = Σ_layers R_o R_i, so that merging is plain tensor
+arithmetic; `CoreSpace.split` views it as batches of matrices.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sstmerge.adapters.adapter import Adapter, LoraFactors, check_same_base, natural_order
+from sstmerge.errors import AdapterError, InputError
+
+# A direction is kept if it carries more than this share of the Frobenius norm of some ΔW_t. Gram matrices in float64
+# resolve relative singular values down to about 1e-8; float32 factors carry 1e-7 of rounding.
+RANK_TOLERANCE = 1e-6
+
+# Indices of the adapters stacked in a group, with their ranks.
+Members = tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class LayerGroup:
+    """Layers of equal shape and equal core shape, batched.
+
+    Attributes:
+        names: Module paths, L of them.
+        members: Indices of the adapters whose factors are stacked, in stacking order, and their ranks.
+        U: Output basis, shape (L, d_out, R_o), float32, orthonormal columns.
+        V: Input basis, shape (L, d_in, R_i), float32, orthonormal columns.
+        output_transform: T with U = [B_1 … B_T] T, shape (L, Σr, R_o), float64.
+        input_transform: T with V = [A_1ᵀ … A_Tᵀ] T, shape (L, Σr, R_i), float64.
+    """
+
+    names: tuple[str, ...]
+    members: Members
+    U: Tensor
+    V: Tensor
+    output_transform: Tensor
+    input_transform: Tensor
+
+    @property
+    def core_shape(self) -> tuple[int, int, int]:
+        """Shape (L, R_o, R_i) of the group's batch of cores."""
+        return len(self.names), self.U.shape[2], self.V.shape[2]
+
+    @property
+    def size(self) -> int:
+        """Number of core entries of the group."""
+        layers, rows, columns = self.core_shape
+        return layers * rows * columns
+
+
+class CoreSpace:
+    """The common space of several adapters of one base model.
+
+    Attributes:
+        adapters: The adapters, in the order they were given.
+        groups: The layers, batched by shape.
+        size: Dimension D of the space.
+    """
+
+    def __init__(self, adapters: Sequence[Adapter], groups: Sequence[LayerGroup]) -> None:
+        self.adapters = tuple(adapters)
+        self.groups = tuple(groups)
+        self.size = sum(group.size for group in groups)
+        self._cores: dict[str, Tensor] = {}
+
+    @classmethod
+    def of(
+        cls, adapters: Sequence[Adapter], *, tolerance: float = RANK_TOLERANCE, ignore_base_name: bool = False
+    ) -> CoreSpace:
+        """Build the space of the given adapters.
+
+        Layers that only some adapters have take part with the adapters they have; layers that no adapter changes are
+        left out.
+
+        Args:
+            adapters: Adapters of one base model, with distinct names.
+            tolerance: Directions below this share of the Frobenius norm of every ΔW_t are left out, so each ΔW_t is
+                represented to this relative accuracy.
+            ignore_base_name: Accept adapters whose base model names differ.
+
+        Returns:
+            The space.
+
+        Raises:
+            AdapterError: If the adapters do not fit together.
+        """
+        _check_names(adapters)
+        check_same_base(adapters, ignore_base_name=ignore_base_name)
+        groups: list[LayerGroup] = []
+        for (members, _), names in _stackable_layers(adapters).items():
+            groups.extend(_build_groups(adapters, members, names, tolerance))
+        if not groups:
+            raise AdapterError("The adapters change no layer at all; there is nothing to merge.")
+        return cls(adapters, groups)
+
+    def core(self, name: str) -> Tensor:
+        """Return the coordinates of an adapter.
+
+        Args:
+            name: The adapter's name.
+
+        Returns:
+            Flat cores, shape (D,), float64.
+
+        Raises:
+            InputError: If the space has no adapter of that name.
+        """
+        if name not in self._cores:
+            by_name = {adapter.name: adapter for adapter in self.adapters}
+            if name not in by_name:
+                raise InputError(f"The space holds the adapters {sorted(by_name)}, but not '{name}'.")
+            index = self.adapters.index(by_name[name])
+            self._cores[name] = torch.cat([self._group_core(group, index).reshape(-1) for group in self.groups])
+        return self._cores[name].clone()
+
+    def zero(self) -> Tensor:
+        """Return the coordinates of the base model, shape (D,), float64."""
+        return torch.zeros(self.size, dtype=torch.float64)
+
+    def split(self, vector: Tensor) -> list[Tensor]:
+        """View a vector as one batch of cores per group.
+
+        Args:
+            vector: Coordinates, shape (..., D).
+
+        Returns:
+            Views of shape (..., L, R_o, R_i), one per group.
+
+        Raises:
+            InputError: If the last size is not D.
+        """
+        if vector.shape[-1] != self.size:
+            raise InputError(f"A vector of this space has {self.size} coordinates, but got {tuple(vector.shape)}.")
+        parts = vector.split([group.size for group in self.groups], dim=-1)
+        return [p.unflatten(-1, group.core_shape) for p, group in zip(parts, self.groups, strict=True)]
+
+    def join(self, cores: Iterable[Tensor]) -> Tensor:
+        """Flatten one batch of cores per group into a vector; the inverse of `split`.
+
+        Args:
+            cores: Batches of shape (..., L, R_o, R_i), one per group.
+
+        Returns:
+            Coordinates, shape (..., D).
+        """
+        return torch.cat([core.flatten(-3) for core in cores], dim=-1)
+
+    @property
+    def layer_names(self) -> tuple[str, ...]:
+        """Module paths in the order of the flat vector."""
+        return tuple(name for group in self.groups for name in group.names)
+
+    def layer_sums(self, vector: Tensor) -> Tensor:
+        """Sum a vector's entries per layer.
+
+        Args:
+            vector: Shape (..., D).
+
+        Returns:
+            Shape (..., number of layers), in the order of `layer_names`.
+        """
+        return torch.cat([part.sum(dim=(-2, -1)) for part in self.split(vector)], dim=-1)
+
+    def to_adapter(
+        self, vector: Tensor, *, name: str, rank: int | None = None, dtype: torch.dtype | None = None
+    ) -> Adapter:
+        """Write coordinates back as LoRA factors of one uniform rank with scaling 1.
+
+        Each core is split by its singular value decomposition M = P S Qᵀ into B = U P √S and A = √S Qᵀ Vᵀ; layers of
+        lower rank are padded with zeros.
+
+        Args:
+            vector: Coordinates, shape (D,).
+            name: Name of the new adapter.
+            rank: Rank limit; None keeps the weight change without loss.
+            dtype: Dtype of the factors; the common dtype of the space's adapters by default.
+
+        Returns:
+            The adapter.
+
+        Raises:
+            InputError: If the rank is below 1 or above the largest core, or the vector is not finite.
+        """
+        if not bool(torch.isfinite(vector).all()):
+            raise InputError("The merged coordinates hold NaN or Inf; no adapter was written.")
+        largest = max(min(group.core_shape[1:]) for group in self.groups)
+        if rank is not None and not 1 <= rank <= largest:
+            raise InputError(
+                f"The rank limit is {rank}, but the cores of these adapters have rank {largest} at most; give a rank "
+                f"from 1 to {largest}, or none for a lossless result."
+            )
+        factored = [torch.linalg.svd(core.double(), full_matrices=False) for core in self.split(vector)]
+        rank = rank or _largest_rank([values for _, values, _ in factored])
+        dtype = dtype or _common_dtype(self.adapters)
+        layers: dict[str, LoraFactors] = {}
+        for group, (left, values, right) in zip(self.groups, factored, strict=True):
+            root = values[:, :rank].sqrt()
+            B = group.U.double() @ (left[:, :, :rank] * root[:, None, :])
+            A = (root[:, :, None] * right[:, :rank, :]) @ group.V.double().mT
+            B, A = _pad(B, rank, dim=2).to(dtype), _pad(A, rank, dim=1).to(dtype)
+            layers |= {path: LoraFactors(A=A[i], B=B[i], scaling=1.0) for i, path in enumerate(group.names)}
+        ordered = {path: layers[path] for path in sorted(layers, key=natural_order)}
+        bases = [adapter.base_model for adapter in self.adapters if adapter.base_model]
+        return Adapter(
+            name=name,
+            layers=ordered,
+            base_model=bases[0] if bases else None,
+            config=self._merged_config(),
+            source="a merge by sstmerge",
+        )
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the adapters' contents, in any order."""
+        return hashlib.sha256("".join(sorted(a.fingerprint for a in self.adapters)).encode()).hexdigest()
+
+    def basis_tensors(self) -> dict[str, Tensor]:
+        """Return what, with the adapters, determines the bases bit for bit (kilobytes; see `from_basis`)."""
+        tensors = {}
+        for i, group in enumerate(self.groups):
+            tensors[f"basis.output.{i}"] = group.output_transform
+            tensors[f"basis.input.{i}"] = group.input_transform
+        return tensors
+
+    def basis_description(self) -> str:
+        """Return the JSON text that goes with `basis_tensors`: adapters by fingerprint, layers and members per group."""
+        return json.dumps(
+            {
+                "adapters": [{"name": a.name, "fingerprint": a.fingerprint} for a in self.adapters],
+                "groups": [{"names": g.names, "members": g.members} for g in self.groups],
+            }
+        )
+
+    @classmethod
+    def from_basis(cls, adapters: Sequence[Adapter], description: str, tensors: Mapping[str, Tensor]) -> CoreSpace:
+        """Rebuild the very space that statistics were collected in.
+
+        Singular vectors are unique only up to sign (and rotation, where singular values coincide), so a space that is
+        computed anew on another machine need not have the same coordinates.
+
+        Args:
+            adapters: The same adapters (by content), in any order and under any names.
+            description: What `basis_description` returned.
+            tensors: What `basis_tensors` returned.
+
+        Returns:
+            The space; its adapters have the names given now.
+
+        Raises:
+            AdapterError: If an adapter is missing or has other contents.
+        """
+        recorded = json.loads(description)
+        by_fingerprint = {adapter.fingerprint: adapter for adapter in adapters}
+        missing = [entry["name"] for entry in recorded["adapters"] if entry["fingerprint"] not in by_fingerprint]
+        if missing or len(adapters) != len(recorded["adapters"]):
+            raise AdapterError(
+                f"The statistics were collected for the adapters {[e['name'] for e in recorded['adapters']]}, and "
+                f"{missing or 'none of them'} is missing or different among those given "
+                f"({[a.name for a in adapters]}). Give the same adapter files, or collect the statistics anew."
+            )
+        ordered = [by_fingerprint[entry["fingerprint"]] for entry in recorded["adapters"]]
+        groups = []
+        for i, entry in enumerate(recorded["groups"]):
+            members = tuple((int(index), int(rank)) for index, rank in entry["members"])
+            names = tuple(entry["names"])
+            left, right = _stack(ordered, members, names)
+            output, input_ = tensors[f"basis.output.{i}"], tensors[f"basis.input.{i}"]
+            groups.append(LayerGroup(names, members, (left @ output).float(), (right @ input_).float(), output, input_))
+        return cls(ordered, groups)
+
+    def _group_core(self, group: LayerGroup, index: int) -> Tensor:
+        layers, rows, columns = group.core_shape
+        if index not in {member for member, _ in group.members}:
+            return torch.zeros(layers, rows, columns, dtype=torch.float64)
+        factors = [self.adapters[index].layers[name] for name in group.names]
+        B = torch.stack([f.B for f in factors]).double()
+        A = torch.stack([f.A for f in factors]).double()
+        scaling = torch.tensor([f.scaling for f in factors], dtype=torch.float64)
+        return scaling[:, None, None] * ((group.U.double().mT @ B) @ (A @ group.V.double()))
+
+    def _merged_config(self) -> dict[str, object]:
+        config: dict[str, object] = {}
+        for adapter in self.adapters:
+            config |= {key: value for key, value in adapter.config.items() if key not in config}
+        same_layers = all(set(a.layers) == set(self.layer_names) for a in self.adapters)
+        targets = [a.config.get("target_modules") for a in self.adapters]
+        if not same_layers or any(not isinstance(t, list | tuple) or set(t) != set(targets[0]) for t in targets):
+            config.pop("target_modules", None)
+        return config
+
+
+def _check_names(adapters: Sequence[Adapter]) -> None:
+    names = [adapter.name for adapter in adapters]
+    if not adapters:
+        raise AdapterError("No adapter was given; a merge needs at least one.")
+    if len(set(names)) != len(names):
+        raise AdapterError(f"The adapters must have distinct names, but these are {names}; rename one (NAME=DIR).")
+
+
+def _common_dtype(adapters: Sequence[Adapter]) -> torch.dtype:
+    dtype = adapters[0].dtype
+    for adapter in adapters[1:]:
+        dtype = torch.promote_types(dtype, adapter.dtype)
+    return dtype
+
+
+def _stackable_layers(adapters: Sequence[Adapter]) -> dict[tuple[Members, tuple[int, int]], list[str]]:
+    """Group layer names by who adapts them with which rank, and by the layer's shape."""
+    names = sorted({path for adapter in adapters for path in adapter.layers}, key=natural_order)
+    stackable: dict[tuple[Members, tuple[int, int]], list[str]] = {}
+    for path in names:
+        present = [(i, a.layers[path]) for i, a in enumerate(adapters) if path in a.layers]
+        members = tuple((i, factors.rank) for i, factors in present)
+        stackable.setdefault((members, present[0][1].shape), []).append(path)
+    return stackable
+
+
+def _stack(adapters: Sequence[Adapter], members: Members, names: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """Return [B_1 … B_T] (L, d_out, Σr) and [A_1ᵀ … A_Tᵀ] (L, d_in, Σr) in float64."""
+    left = [torch.stack([adapters[i].layers[n].B for n in names]).double() for i, _ in members]
+    right = [torch.stack([adapters[i].layers[n].A for n in names]).double().mT for i, _ in members]
+    return torch.cat(left, dim=2), torch.cat(right, dim=2)
+
+
+def _build_groups(
+    adapters: Sequence[Adapter], members: Members, names: Sequence[str], tolerance: float
+) -> list[LayerGroup]:
+    """Orthonormalise a batch of equally stacked layers and cut it by the ranks that were found."""
+    left, right = _stack(adapters, members, names)
+    scaling = torch.tensor([[adapters[i].layers[n].scaling for i, _ in members] for n in names], dtype=torch.float64)
+    left_gram, right_gram = left.mT @ left, right.mT @ right
+    ranks = [rank for _, rank in members]
+    inverse_norms = _inverse_norms(left_gram, right_gram, ranks, scaling)
+    output_transform, output_rank = _singular_transform(left_gram, right_gram, ranks, inverse_norms, tolerance)
+    input_transform, input_rank = _singular_transform(right_gram, left_gram, ranks, inverse_norms, tolerance)
+    by_rank: dict[tuple[int, int], list[int]] = {}
+    for layer, pair in enumerate(zip(output_rank.tolist(), input_rank.tolist(), strict=True)):
+        if min(pair) > 0:
+            by_rank.setdefault(pair, []).append(layer)
+    groups = []
+    for (rows, columns), chosen in by_rank.items():
+        index = torch.tensor(chosen)
+        output, input_ = (
+            output_transform[index, :, :rows].contiguous(),
+            input_transform[index, :, :columns].contiguous(),
+        )
+        groups.append(
+            LayerGroup(
+                names=tuple(names[i] for i in chosen),
+                members=members,
+                U=(left[index] @ output).float(),
+                V=(right[index] @ input_).float(),
+                output_transform=output,
+                input_transform=input_,
+            )
+        )
+    return groups
+
+
+def _inverse_norms(left_gram: Tensor, right_gram: Tensor, ranks: Sequence[int], scaling: Tensor) -> Tensor:
+    """Return s_t / ‖ΔW_t‖_F for every layer and adapter, 0 where ΔW_t is zero; shape (L, T)."""
+    norms = []
+    offset = 0
+    for t, rank in enumerate(ranks):
+        block = slice(offset, offset + rank)
+        squared = (left_gram[:, block, block] * right_gram[:, block, block]).sum(dim=(1, 2)).clamp_min(0)
+        norms.append(scaling[:, t].abs() * squared.sqrt())
+        offset += rank
+    norm = torch.stack(norms, dim=1)
+    return torch.where(norm > 0, scaling / norm.where(norm > 0, 1.0), 0.0)
+
+
+def _singular_transform(
+    gram: Tensor, other_gram: Tensor, ranks: Sequence[int], inverse_norms: Tensor, tolerance: float
+) -> tuple[Tensor, Tensor]:
+    """Return T so that [B_1 … B_T] T has the left singular vectors of [ΔW_t / ‖ΔW_t‖]_t as columns, and their number.
+
+    With K = blockdiag(w_t² A_t A_tᵀ) the stacked weight changes satisfy Σ_t w_t² ΔW_t ΔW_tᵀ = (B K^½)(B K^½)ᵀ, whose
+    small Gram matrix K^½ BᵀB K^½ (Σr x Σr) gives the singular vectors.
+
+    Args:
+        gram: BᵀB of the stack, shape (L, Σr, Σr).
+        other_gram: A Aᵀ of the other factor's stack, shape (L, Σr, Σr).
+        ranks: Rank of every adapter in the stack.
+        inverse_norms: Weights w_t, shape (L, T).
+        tolerance: Singular values up to this are left out.
+
+    Returns:
+        The transform, shape (L, Σr, Σr), columns by falling singular value; and the rank per layer, shape (L,).
+    """
+    root = torch.zeros_like(gram)
+    offset = 0
+    for t, rank in enumerate(ranks):
+        block = slice(offset, offset + rank)
+        values, vectors = torch.linalg.eigh(other_gram[:, block, block])
+        weighted = inverse_norms[:, t, None].abs() * values.clamp_min(0).sqrt()
+        root[:, block, block] = (vectors * weighted[:, None, :]) @ vectors.mT
+        offset += rank
+    squared, vectors = torch.linalg.eigh(root @ gram @ root)
+    squared, vectors = squared.flip(-1), vectors.flip(-1)
+    kept = squared > tolerance**2
+    inverse = torch.where(kept, squared.where(kept, 1.0).rsqrt(), 0.0)
+    transform = root @ vectors * inverse[:, None, :]
+    # Dividing by small singular values costs orthogonality; one symmetric correction restores it to rounding.
+    identity = torch.eye(gram.shape[-1], dtype=gram.dtype)
+    overlap = transform.mT @ gram @ transform + torch.diag_embed((~kept).to(gram.dtype))
+    values, rotation = torch.linalg.eigh(overlap)
+    correction = (rotation * values.clamp_min(torch.finfo(gram.dtype).eps).rsqrt()[:, None, :]) @ rotation.mT
+    return transform @ torch.where(kept[:, :, None] & kept[:, None, :], correction, identity), kept.sum(dim=1)
+
+
+def _largest_rank(singular_values: Sequence[Tensor]) -> int:
+    """Return the largest numerical rank of all cores, at least 1; float32 bases carry 1e-7 of rounding."""
+    largest = 1
+    for values in singular_values:
+        top = values.amax(dim=1, keepdim=True)
+        largest = max(largest, int((values > 1e-7 * top).sum(dim=1).max()))
+    return largest
+
+
+def _pad(factors: Tensor, rank: int, *, dim: int) -> Tensor:
+    missing = rank - factors.shape[dim]
+    if missing <= 0:
+        return factors.contiguous()
+    shape = list(factors.shape)
+    shape[dim] = missing
+    return torch.cat([factors, factors.new_zeros(shape)], dim=dim)

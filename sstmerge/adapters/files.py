@@ -1,0 +1,296 @@
+"""PEFT adapter directories, hub ids and live PEFT models: reading and writing.
+
+Format: `adapter_config.json` beside `adapter_model.safetensors` with keys
+`base_model.model.<path>.lora_A.weight` and `.lora_B.weight`. Only safetensors is read: pickled files can run code.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from sstmerge.adapters.adapter import Adapter, LoraFactors, natural_order
+from sstmerge.atomic import atomic_directory
+from sstmerge.errors import AdapterError
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+_KEY = re.compile(r"^base_model\.model\.(?P<path>.+)\.lora_(?P<factor>[AB])\.weight$")
+_PASSED_ON = ("task_type", "target_modules", "fan_in_fan_out")
+# PEFT re-derives the base weights when it loads these, so that B A alone is not the weight change.
+_BASE_CHANGING_INITS = ("pissa", "olora", "corda", "lora_ga")
+
+
+def load_adapter(source: str | Path, *, name: str | None = None, revision: str | None = None) -> Adapter:
+    """Read a LoRA adapter from a PEFT directory or a hub id.
+
+    Args:
+        source: Directory with `adapter_config.json` and `adapter_model.safetensors`, or a Hugging Face hub id.
+        name: Name used in messages; the last component of `source` by default.
+        revision: Hub revision; ignored for a directory.
+
+    Returns:
+        The adapter; its tensors are memory-mapped copies in the dtype of the file.
+
+    Raises:
+        AdapterError: If the files are missing or damaged, the adapter is not plain LoRA, or a tensor does not fit.
+    """
+    directory = _locate(source, revision)
+    name = name or directory.name
+    config = _read_config(directory, name)
+    tensors = _read_tensors(directory / WEIGHTS_FILE, name)
+    _refuse_unsupported(config, tensors, name)
+    layers = {path: _factors(path, pair, config, name) for path, pair in _pair_factors(tensors, name).items()}
+    adapter = Adapter(
+        name=name,
+        layers=layers,
+        base_model=config.get("base_model_name_or_path") or None,
+        config={key: config[key] for key in _PASSED_ON if config.get(key) is not None},
+        source=str(source),
+    )
+    adapter.validate()
+    return adapter
+
+
+def adapter_from_model(model: nn.Module, adapter_name: str = "default") -> Adapter:
+    """Read a LoRA adapter out of a live `peft.PeftModel`.
+
+    Args:
+        model: The PEFT model; it is not changed.
+        adapter_name: Name of the adapter in the model.
+
+    Returns:
+        The adapter; its tensors are detached copies on the CPU.
+
+    Raises:
+        AdapterError: If the model is no PEFT model, does not hold the adapter, or the adapter is not plain LoRA.
+    """
+    from peft import PeftModel
+    from peft.tuners.lora import LoraLayer
+
+    if not isinstance(model, PeftModel):
+        raise AdapterError(f"Expected a peft.PeftModel, but got {type(model).__name__}; pass a directory or a hub id.")
+    if adapter_name not in model.peft_config:
+        raise AdapterError(f"The model holds the adapters {sorted(model.peft_config)}, but not '{adapter_name}'.")
+    config = model.peft_config[adapter_name].to_dict()
+    config = {key: value.value if hasattr(value, "value") else value for key, value in config.items()}
+    layers: dict[str, LoraFactors] = {}
+    for path, module in model.get_base_model().named_modules():
+        if isinstance(module, LoraLayer) and adapter_name in module.lora_A:
+            layers[path] = LoraFactors(
+                A=module.lora_A[adapter_name].weight.detach().cpu().clone(),
+                B=module.lora_B[adapter_name].weight.detach().cpu().clone(),
+                scaling=float(module.scaling[adapter_name]),
+            )
+    _refuse_unsupported(config, {}, adapter_name)
+    targets = config.get("target_modules")
+    config["target_modules"] = sorted(targets) if isinstance(targets, set | frozenset) else targets
+    adapter = Adapter(
+        name=adapter_name,
+        layers=layers,
+        base_model=config.get("base_model_name_or_path") or None,
+        config={key: config[key] for key in _PASSED_ON if config.get(key) is not None},
+        source="a live PeftModel",
+    )
+    adapter.validate()
+    return adapter
+
+
+def save_adapter(
+    adapter: Adapter, directory: str | Path, *, overwrite: bool = False, extra_files: Mapping[str, str] | None = None
+) -> Path:
+    """Write an adapter as a PEFT directory that PEFT, transformers and vLLM-style loaders accept.
+
+    The adapter must have one rank r and scaling 1 in every layer (what `CoreSpace.to_adapter` produces): it is written
+    with `lora_alpha = r` and empty patterns, since not every loader knows `rank_pattern`.
+
+    Args:
+        adapter: The adapter.
+        directory: Directory to create.
+        overwrite: Replace the directory if it exists.
+        extra_files: Text files written beside it, content by file name (such as a merge report).
+
+    Returns:
+        The directory.
+
+    Raises:
+        AdapterError: If ranks differ between layers or a scaling is not 1.
+    """
+    ranks = {factors.rank for factors in adapter.layers.values()}
+    scalings = {factors.scaling for factors in adapter.layers.values()}
+    if len(ranks) != 1 or scalings != {1.0}:
+        raise AdapterError(
+            f"Adapter '{adapter.name}' has ranks {sorted(ranks)} and scalings {sorted(scalings)}; only one rank with "
+            "scaling 1 can be written. Bring it into a CoreSpace and write that back first."
+        )
+    rank = ranks.pop()
+    tensors = {}
+    for path in sorted(adapter.layers, key=natural_order):
+        tensors[f"base_model.model.{path}.lora_A.weight"] = adapter.layers[path].A.contiguous()
+        tensors[f"base_model.model.{path}.lora_B.weight"] = adapter.layers[path].B.contiguous()
+    config = _peft_config(adapter, rank)
+    with atomic_directory(directory, overwrite=overwrite) as temporary:
+        save_file(tensors, temporary / WEIGHTS_FILE, metadata={"format": "pt"})
+        (temporary / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        for file_name, content in (extra_files or {}).items():
+            (temporary / file_name).write_text(content)
+    return Path(directory)
+
+
+def _peft_config(adapter: Adapter, rank: int) -> dict[str, Any]:
+    from peft import LoraConfig
+
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=rank,
+        target_modules=sorted(_target_modules(adapter)),
+        task_type=adapter.config.get("task_type"),
+        base_model_name_or_path=adapter.base_model,
+        fan_in_fan_out=bool(adapter.config.get("fan_in_fan_out", False)),
+        inference_mode=True,
+    ).to_dict()
+    config = {key: getattr(value, "value", value) for key, value in config.items()}
+    return {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
+
+
+def _target_modules(adapter: Adapter) -> list[str]:
+    """Return suffixes where the inputs agreed on them, exact paths otherwise.
+
+    PEFT puts an adapter on every module that ends with a suffix; exact paths keep it off layers nobody adapted.
+    """
+    suffixes = adapter.config.get("target_modules")
+    return list(suffixes) if isinstance(suffixes, list | tuple) and suffixes else list(adapter.layers)
+
+
+def _locate(source: str | Path, revision: str | None) -> Path:
+    directory = Path(source).expanduser()
+    if directory.is_dir():
+        for required in (CONFIG_FILE, WEIGHTS_FILE):
+            if not (directory / required).is_file():
+                pickled = required == WEIGHTS_FILE and (directory / "adapter_model.bin").is_file()
+                raise AdapterError(
+                    f"'{directory}' has no {required}."
+                    + (
+                        " It has a pickled adapter_model.bin, which sstmerge does not load because pickles can run "
+                        "code: load it in PEFT and call save_pretrained(safe_serialization=True)."
+                        if pickled
+                        else " Give the directory that PEFT's save_pretrained wrote (adapters not named 'default' lie "
+                        "in a subfolder)."
+                    )
+                )
+        return directory
+    if directory.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
+        raise AdapterError(f"'{source}' is neither a directory nor a hub id of the form owner/name.")
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        files = [hf_hub_download(str(source), filename, revision=revision) for filename in (CONFIG_FILE, WEIGHTS_FILE)]
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise AdapterError(
+            f"'{source}' is not a local directory, and could not be fetched from the hub: {error}"
+        ) from error
+    return Path(files[0]).parent
+
+
+def _read_config(directory: Path, name: str) -> dict[str, Any]:
+    try:
+        config = json.loads((directory / CONFIG_FILE).read_text())
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise AdapterError(f"The {CONFIG_FILE} of adapter '{name}' cannot be read as JSON: {error}.") from error
+    if not isinstance(config, dict):
+        raise AdapterError(f"The {CONFIG_FILE} of adapter '{name}' must hold a JSON object.")
+    return config
+
+
+def _read_tensors(path: Path, name: str) -> dict[str, torch.Tensor]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
+    except (SafetensorError, OSError) as error:
+        raise AdapterError(f"{path} of adapter '{name}' is not a readable safetensors file: {error}.") from error
+
+
+def _refuse_unsupported(config: Mapping[str, Any], tensors: Mapping[str, Any], name: str) -> None:
+    kind = config.get("peft_type", "LORA")
+    if str(kind).upper() != "LORA":
+        raise AdapterError(f"Adapter '{name}' is of PEFT type {kind}; sstmerge merges LORA adapters only.")
+    if config.get("use_dora") or any("lora_magnitude_vector" in key for key in tensors):
+        raise AdapterError(
+            f"Adapter '{name}' is a DoRA adapter (use_dora): its weight change is not B A, since it rescales the base "
+            "weights. Retrain with use_dora=False, or merge it into the base model first."
+        )
+    saved = config.get("modules_to_save")
+    if saved or config.get("trainable_token_indices"):
+        raise AdapterError(
+            f"Adapter '{name}' carries full copies of trained modules (modules_to_save={saved}, trainable_token_indices="
+            f"{config.get('trainable_token_indices')}). They are no LoRA factors, so sstmerge does not merge them: "
+            "retrain with LoRA on these modules, or fold them into the base model first."
+        )
+    if config.get("bias", "none") != "none" or config.get("lora_bias"):
+        raise AdapterError(
+            f"Adapter '{name}' trains biases (bias={config.get('bias')!r}, lora_bias={config.get('lora_bias')!r}), "
+            "which sstmerge does not merge; retrain with bias='none' and lora_bias=False."
+        )
+    init = str(config.get("init_lora_weights", "")).lower()
+    if init.startswith(_BASE_CHANGING_INITS):
+        raise AdapterError(
+            f"Adapter '{name}' was initialised with '{init}', which changes the base weights too, so B A is not the "
+            "whole change. Save it with PEFT's path_initial_model_for_weight_conversion to make it a plain LoRA."
+        )
+    for option in ("layer_replication", "target_parameters", "megatron_config", "alora_invocation_tokens"):
+        if config.get(option):
+            raise AdapterError(f"Adapter '{name}' uses {option}, which sstmerge does not support; retrain without it.")
+
+
+def _pair_factors(tensors: Mapping[str, torch.Tensor], name: str) -> dict[str, dict[str, torch.Tensor]]:
+    pairs: dict[str, dict[str, torch.Tensor]] = {}
+    for key, tensor in tensors.items():
+        match = _KEY.match(key)
+        if match is None:
+            raise AdapterError(
+                f"Adapter '{name}' holds the tensor '{key}', which is no LoRA factor of a linear layer; expected only "
+                "names of the form base_model.model.<path>.lora_A.weight and .lora_B.weight."
+            )
+        pairs.setdefault(match["path"], {})[match["factor"]] = tensor
+    for path, pair in pairs.items():
+        if len(pair) != 2:
+            missing = "B" if "A" in pair else "A"
+            raise AdapterError(
+                f"Layer '{path}' of adapter '{name}' lacks its lora_{missing}.weight: file is cut short."
+            )
+    return {path: pairs[path] for path in sorted(pairs, key=natural_order)}
+
+
+def _factors(path: str, pair: Mapping[str, torch.Tensor], config: Mapping[str, Any], name: str) -> LoraFactors:
+    rank = _pattern_value(config.get("rank_pattern"), path, config.get("r"))
+    alpha = _pattern_value(config.get("alpha_pattern"), path, config.get("lora_alpha"))
+    if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float):
+        raise AdapterError(
+            f"The {CONFIG_FILE} of adapter '{name}' must give r >= 1 and a numeric lora_alpha; for layer '{path}' it "
+            f"gives r={rank!r}, lora_alpha={alpha!r}."
+        )
+    if pair["A"].dim() == 2 and pair["A"].shape[0] != rank:
+        raise AdapterError(
+            f"'{path}.lora_A.weight' of adapter '{name}' has shape {tuple(pair['A'].shape)}, but {CONFIG_FILE} says "
+            f"rank {rank} for this layer (r, rank_pattern); weights and configuration belong to different adapters."
+        )
+    scaling = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
+    return LoraFactors(A=pair["A"], B=pair["B"], scaling=float(scaling))
+
+
+def _pattern_value(pattern: Mapping[str, Any] | None, path: str, default: Any) -> Any:
+    """Return the first entry whose key matches the end of the path, as PEFT does."""
+    for key, value in (pattern or {}).items():
+        if re.match(rf"(.*\.)?({key})$", path):
+            return value
+    return default

@@ -1,0 +1,331 @@
+"""`merge`, `fisher` and `curve`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from sstmerge.cli.app import ConfigOption, app, console, error_console, fail_on, parse_named, progress_bars
+
+Base = Annotated[str | None, typer.Option("--base", help="Base model: directory or hub id.")]
+Dtype = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")]
+Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda:0, auto, …; a GPU if there is one.")]
+Quantization = Annotated[str | None, typer.Option("--quantization", help="4bit or 8bit (bitsandbytes).")]
+Utility = Annotated[list[str] | None, typer.Option("--utility", help="Utility adapter: directory or hub id; repeatable.")]
+UtilityWeight = Annotated[
+    list[float] | None, typer.Option("--utility-weight", help="Weight of each utility adapter, in order.")
+]
+Safety = Annotated[str, typer.Option("--safety", help="Safety adapter: directory or hub id.")]
+Out = Annotated[Path, typer.Option("--out", help="Where the result is written.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing result.")]
+Structure = Annotated[str, typer.Option("--structure", help="diagonal, kfac, ekfac, block or global.")]
+WeightSharing = Annotated[str, typer.Option("--weight-sharing", help="K-FAC over tokens: expand or reduce.")]
+ResponseTokens = Annotated[
+    int | None, typer.Option("--response-tokens", help="Only the first N tokens of every response enter the loss.")
+]
+MaxLength = Annotated[int | None, typer.Option("--max-length", help="Longest sequence in tokens; the model's context.")]
+TokensPerBatch = Annotated[int, typer.Option("--tokens-per-batch", help="Tokens per forward pass, padding included.")]
+Draws = Annotated[int, typer.Option("--draws", help="Draws of sampled labels per forward pass.")]
+Seed = Annotated[int, typer.Option("--seed", help="Seed of the sampled labels.")]
+Split = Annotated[str | None, typer.Option("--split", help="Use only rows of this split of the prompt files.")]
+Limit = Annotated[int | None, typer.Option("--limit", help="Use only the first N rows of each prompt file.")]
+Damping = Annotated[float | None, typer.Option("--damping", help="Relative damping of F_cost; the structure's default.")]
+Rule = Annotated[str, typer.Option("--rule", help="project, wiener, joint or refit.")]
+Scale = Annotated[float | None, typer.Option("--scale", help="Factor of the safety adapter; 1 by default.")]
+Top = Annotated[int | None, typer.Option("--top", help="Keep the K directions of largest λ.")]
+Fraction = Annotated[float | None, typer.Option("--fraction", help="Keep this share of all directions.")]
+Energy = Annotated[float | None, typer.Option("--energy", help="Keep directions with this share of the gain energy.")]
+Mu = Annotated[float | None, typer.Option("--mu", help="Shrinkage of wiener and joint, in units of λ.")]
+Budget = Annotated[float | None, typer.Option("--budget", help="Predicted benign KL to spend, nats per token.")]
+Rank = Annotated[int | None, typer.Option("--rank", help="Rank limit of the result; lossless by default.")]
+IgnoreBaseName = Annotated[
+    bool, typer.Option("--ignore-base-name", help="Accept adapters whose recorded base models differ by name.")
+]
+
+
+@app.command()
+def merge(
+    safety: Safety,
+    out: Out,
+    base: Base = None,
+    utility: Utility = None,
+    utility_weight: UtilityWeight = None,
+    harm: Annotated[list[Path] | None, typer.Option("--harm", help="Harmful prompts with refusals (JSONL).")] = None,
+    benign: Annotated[list[Path] | None, typer.Option("--benign", help="Benign prompts (JSONL).")] = None,
+    gain: Annotated[Path | None, typer.Option("--gain", help="Fisher of harmful prompts, instead of --harm.")] = None,
+    cost: Annotated[Path | None, typer.Option("--cost", help="Fisher of benign prompts, instead of --benign.")] = None,
+    rule: Rule = "project",
+    scale: Scale = None,
+    top: Top = None,
+    fraction: Fraction = None,
+    energy: Energy = None,
+    mu: Mu = None,
+    budget: Budget = None,
+    rank: Rank = None,
+    structure: Structure = "global",
+    reference: Annotated[str, typer.Option("--reference", help="utility, base, NAME+…, or path:A:B:n.")] = "utility",
+    damping: Damping = None,
+    response_tokens: ResponseTokens = None,
+    max_length: MaxLength = None,
+    tokens_per_batch: TokensPerBatch = 1024,
+    draws: Draws = 1,
+    weight_sharing: WeightSharing = "expand",
+    completion_tokens: Annotated[
+        int, typer.Option("--completion-tokens", help="Longest generated response of a benign prompt without one.")
+    ] = 32,
+    split: Split = None,
+    limit: Limit = None,
+    dtype: Dtype = "auto",
+    device: Device = None,
+    quantization: Quantization = None,
+    seed: Seed = 0,
+    stability: Annotated[bool, typer.Option(help="Solve the split halves too and report their agreement.")] = True,
+    ignore_base_name: IgnoreBaseName = False,
+    overwrite: Overwrite = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and its cost; load no weights.")] = False,
+    config: ConfigOption = None,
+) -> None:
+    """Merge a safety adapter into utility adapters, from prompts (with the model) or from two Fishers (without)."""
+    from sstmerge.merging import Selection
+    from sstmerge.pipeline import merge as job
+    from sstmerge.pipeline.calibration import CollectionOptions
+    from sstmerge.pipeline.models import load_model, load_tokenizer
+    from sstmerge.pipeline.plan import plan_merge
+
+    selection = Selection(top=top, fraction=fraction, energy=energy, mu=mu, budget=budget)
+    options = CollectionOptions(
+        structure=structure,
+        reference=reference,
+        response_tokens=response_tokens,
+        max_length=max_length,
+        tokens_per_batch=tokens_per_batch,
+        draws=draws,
+        weight_sharing=weight_sharing,
+        completion_tokens=completion_tokens,
+        seed=seed,
+    )
+    shared: dict[str, Any] = {
+        "utility": utility or [],
+        "safety": safety,
+        "utility_weights": utility_weight or None,
+        "ignore_base_name": ignore_base_name,
+    }
+    finishing: dict[str, Any] = {
+        "out": out,
+        "rule": rule,
+        "scale": scale,
+        "selection": selection,
+        "damping": damping,
+        "rank": rank,
+        "stability": stability,
+        "overwrite": overwrite,
+    }
+    if gain is not None or cost is not None:
+        fail_on(gain is None or cost is None, "--gain and --cost belong together; give both Fisher files.")
+        fail_on(bool(base or harm or benign), "Give --gain and --cost, or --base with --harm and --benign, not both.")
+        fail_on(rule == "refit", "The rule 'refit' evaluates the model; give --base, --harm and --benign.")
+        result = job.merge_from_fishers(gain, cost, **shared, **finishing)  # type: ignore[arg-type]
+    else:
+        fail_on(
+            not (base and harm and benign),
+            "Give --base, --harm and --benign (or --gain and --cost with Fishers that were collected before).",
+        )
+        if dry_run:
+            console.print(plan_merge(base, harm, benign, options, split=split, limit=limit, out=out, **shared))  # type: ignore[arg-type]
+            return
+        with progress_bars() as progress:
+            result = job.merge(
+                load_model(base, dtype=dtype, device=device, quantization=quantization),  # type: ignore[arg-type]
+                tokenizer=load_tokenizer(base),  # type: ignore[arg-type]
+                harm=harm,  # type: ignore[arg-type]
+                benign=benign,  # type: ignore[arg-type]
+                options=options,
+                split=split,
+                limit=limit,
+                progress=progress,
+                **shared,
+                **finishing,
+            )
+    console.print(report_table(result))
+    for sentence in result.merge.report.warnings:
+        error_console.print(f"Warning: {sentence}", soft_wrap=True)
+    console.print(f"Wrote {out}")
+
+
+@app.command()
+def fisher(
+    base: Annotated[str, typer.Option("--base", help="Base model: directory or hub id.")],
+    adapter: Annotated[list[str], typer.Option("--adapter", help="NAME=DIR of every adapter of the later merge.")],
+    data: Annotated[list[Path], typer.Option("--data", help="Prompt file (JSONL); repeatable.")],
+    out: Annotated[Path, typer.Option("--out", help="Fisher file to write (.safetensors).")],
+    labels: Annotated[str, typer.Option("--labels", help="data (gain) or sampled (cost).")],
+    reference: Annotated[str, typer.Option("--reference", help="NAME, base, A+0.5*B or path:A:B:n.")] = "base",
+    structure: Structure = "global",
+    basis: Annotated[
+        list[Path] | None, typer.Option("--basis", help="Two kfac Fishers (gain, cost) whose eigenbasis ekfac refits in.")
+    ] = None,
+    like: Annotated[
+        Path | None, typer.Option("--like", help="Collect in the very space of this Fisher file.")
+    ] = None,
+    response_tokens: ResponseTokens = None,
+    max_length: MaxLength = None,
+    tokens_per_batch: TokensPerBatch = 1024,
+    draws: Draws = 1,
+    weight_sharing: WeightSharing = "expand",
+    completion_tokens: Annotated[
+        int, typer.Option("--completion-tokens", help="Longest generated response of a prompt without one.")
+    ] = 32,
+    split: Split = None,
+    limit: Limit = None,
+    dtype: Dtype = "auto",
+    device: Device = None,
+    quantization: Quantization = None,
+    seed: Seed = 0,
+    ignore_base_name: IgnoreBaseName = False,
+    overwrite: Overwrite = False,
+    config: ConfigOption = None,
+) -> None:
+    """Collect one Fisher and save it, to be used by any number of merges."""
+    from sstmerge.pipeline.calibration import CollectionOptions
+    from sstmerge.pipeline.fisher_job import collect_file
+    from sstmerge.pipeline.models import load_model, load_tokenizer
+
+    fail_on(out.exists() and not overwrite, f"'{out}' exists already; choose another name or pass --overwrite.")
+    options = CollectionOptions(
+        structure=structure,
+        reference=reference,
+        response_tokens=response_tokens,
+        max_length=max_length,
+        tokens_per_batch=tokens_per_batch,
+        draws=draws,
+        weight_sharing=weight_sharing,
+        completion_tokens=completion_tokens,
+        seed=seed,
+    )
+    adapters = parse_named(adapter, "--adapter")
+    with progress_bars() as progress:
+        collected = collect_file(
+            lambda: (load_model(base, dtype=dtype, device=device, quantization=quantization), load_tokenizer(base)),
+            adapters,
+            data,
+            out,
+            labels=labels,
+            options=options,
+            basis=basis,
+            like=like,
+            split=split,
+            limit=limit,
+            ignore_base_name=ignore_base_name,
+            progress=progress,
+        )
+    counts = collected.counts
+    console.print(
+        f"Wrote {out}: {collected.structure} Fisher of {float(counts.sequences.sum()):g} sequences, "
+        f"{collected.tokens:g} response tokens, {len(collected.space.layer_names)} layers."
+    )
+
+
+@app.command()
+def curve(
+    gain: Annotated[Path, typer.Option("--gain", help="Fisher of harmful prompts.")],
+    cost: Annotated[Path, typer.Option("--cost", help="Fisher of benign prompts.")],
+    safety: Safety,
+    out: Annotated[Path, typer.Option("--out", help="Directory for curve.csv, curve.png and the adapters.")],
+    utility: Utility = None,
+    utility_weight: UtilityWeight = None,
+    budgets: Annotated[str | None, typer.Option("--budgets", help="Comma-separated benign KLs, nats per token.")] = None,
+    scales: Annotated[str | None, typer.Option("--scales", help="Comma-separated scales.")] = None,
+    rule: Rule = "project",
+    top: Top = None,
+    fraction: Fraction = None,
+    energy: Energy = None,
+    mu: Mu = None,
+    rank: Rank = None,
+    damping: Damping = None,
+    write_adapters: Annotated[bool, typer.Option("--write-adapters", help="Write every point as an adapter too.")] = False,
+    ignore_base_name: IgnoreBaseName = False,
+    overwrite: Overwrite = False,
+    config: ConfigOption = None,
+) -> None:
+    """Draw gain against benign KL over many budgets or scales, from one pair of Fishers, without any model."""
+    from sstmerge.merging import Selection
+    from sstmerge.pipeline.curve import trade_off_curve
+
+    fail_on((budgets is None) == (scales is None), "Give either --budgets or --scales.")
+    points = trade_off_curve(
+        gain,
+        cost,
+        utility=utility or [],
+        safety=safety,
+        utility_weights=utility_weight or None,
+        budgets=_numbers(budgets, "--budgets"),
+        scales=_numbers(scales, "--scales"),
+        rule=rule,
+        selection=Selection(top=top, fraction=fraction, energy=energy, mu=mu),
+        damping=damping,
+        out=out,
+        rank=rank,
+        write_adapters=write_adapters,
+        ignore_base_name=ignore_base_name,
+        overwrite=overwrite,
+    )
+    table = Table("method", "scale", "directions", "predicted KL", "gain kept", "predicted gain")
+    for point in points:
+        table.add_row(
+            point.method,
+            f"{point.scale:.3f}",
+            str(point.directions),
+            f"{point.predicted_kl:.5f}",
+            f"{point.gain_kept:.3f}",
+            f"{point.predicted_gain:.4f}",
+        )
+    console.print(table)
+    console.print(f"Wrote {out}")
+
+
+def report_table(result: Any) -> Table:
+    """Return the report of a merge as a table.
+
+    Args:
+        result: A `MergeResult`.
+
+    Returns:
+        The table.
+    """
+    report, stability = result.merge.report, result.stability
+    table = Table(title=f"Merge: {report.rule}, {report.structure}", show_header=False)
+    table.add_row("directions kept", f"{report.directions} of {report.directions_in_all}")
+    table.add_row("scale", f"{report.scale:.4f}")
+    if report.mu is not None:
+        table.add_row("mu", f"{report.mu:.4g}")
+    table.add_row("gain kept (scale 1)", f"{report.gain_kept:.1%}")
+    table.add_row(
+        "predicted benign KL, nats/token",
+        f"{report.predicted_kl:.5f} (task arithmetic at this scale: {report.predicted_kl_task_arithmetic:.5f})",
+    )
+    table.add_row("predicted gain of refusals, nats/token", f"{report.predicted_gain:.4f}")
+    table.add_row("norm", f"{report.norm:.3f} (task arithmetic: {report.norm_task_arithmetic:.3f})")
+    table.add_row("largest λ", ", ".join(f"{value:.4g}" for value in report.spectrum[:6]))
+    table.add_row("effective sequences", f"{report.gain_sequences:.0f} harm, {report.cost_sequences:.0f} benign")
+    if stability is not None:
+        table.add_row(
+            "split halves",
+            f"overlap of the top {stability.directions}: {stability.subspace_overlap:.2f} "
+            f"(chance {stability.chance_overlap:.3f}); held-out gain {stability.held_out_gain:.1%}, "
+            f"in-sample {stability.in_sample_gain:.1%}; held-out cost {stability.held_out_cost:.1%}",
+        )
+    table.add_row("rank of the result", str(next(iter(result.adapter.layers.values())).rank))
+    return table
+
+
+def _numbers(text: str | None, option: str) -> list[float] | None:
+    if text is None:
+        return None
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        fail_on(True, f"{option} expects comma-separated numbers, but got '{text}'.")
+        return None

@@ -1,0 +1,217 @@
+"""Train the two LoRA adapters that the package carries: one that refuses (too much), one with a checkable skill.
+
+`safety` learns refusals of harmful requests and sees only a few ordinary prompts, so that it over-refuses as real
+safety adapters do: no harmless prompt is ever labelled with a refusal. `utility` learns to write order records and
+keeps its manners by some ordinary chat. Ranks and target modules differ on purpose: merging must cope with that.
+
+    python -m sstmerge.demo.train_adapters --out sstmerge/data/adapters
+
+The same seed and number of threads give the same bits; another number of threads changes the rounding.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+from rich.progress import track
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from sstmerge.atomic import atomic_directory, refuse_existing
+from sstmerge.demo.model import BASE_MODEL_NAME, demo_model
+from sstmerge.errors import DataError
+from sstmerge.fisher.batch import Batch
+from sstmerge.prompts import EncodedExample, Example, encode, load_examples, make_batches
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+DATA_FOLDER = Path(__file__).resolve().parent.parent / "data"
+ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+MAX_LENGTH = 128
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How one adapter is trained.
+
+    Attributes:
+        name: Name of the adapter and of its directory.
+        rows: Prompt file (without ".jsonl") and how many of its training rows are used, drawn at random; None for all.
+        rank: LoRA rank r.
+        alpha: LoRA alpha; the scaling is alpha / rank.
+        target_modules: Names of the adapted linear layers.
+        learning_rate: Peak learning rate of AdamW, reached after a tenth of the steps and then decayed linearly.
+        epochs: Passes over the rows.
+        batch_size: Sequences per step.
+    """
+
+    name: str
+    rows: tuple[tuple[str, int | None], ...]
+    rank: int
+    alpha: int
+    target_modules: tuple[str, ...]
+    learning_rate: float
+    epochs: int
+    batch_size: int = 8
+
+
+SAFETY = Recipe("safety", (("harmful", None), ("benign", 36)), 8, 16, ALL_LINEAR, 5e-4, 4)
+UTILITY = Recipe(
+    "utility",
+    (("utility", None), ("benign", 60)),
+    rank=4,
+    alpha=8,
+    target_modules=("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"),
+    learning_rate=1e-3,
+    epochs=2,
+)
+RECIPES = {recipe.name: recipe for recipe in (SAFETY, UTILITY)}
+
+
+def training_examples(recipe: Recipe, seed: int) -> list[Example]:
+    """Return the training rows that a recipe draws from the package's prompt files.
+
+    Args:
+        recipe: The recipe.
+        seed: Seed of the draw.
+
+    Returns:
+        Examples with responses, file after file.
+
+    Raises:
+        DataError: If the recipe wants more rows of a file than there are.
+    """
+    drawn: list[Example] = []
+    for file, count in recipe.rows:
+        examples = load_examples(DATA_FOLDER / f"{file}.jsonl", split="train", require_response=True)
+        if count is not None and count > len(examples):
+            raise DataError(f"{recipe.name} wants {count} training rows of {file}.jsonl, which has {len(examples)}.")
+        drawn += examples if count is None else random.Random(seed).sample(examples, count)
+    return drawn
+
+
+def train_adapter(model_directory: Path, recipe: Recipe, out: Path, *, seed: int = 0, overwrite: bool = False) -> None:
+    """Train one adapter and write it as a PEFT directory `out / recipe.name` with bfloat16 factors.
+
+    Args:
+        model_directory: The base model, as `demo_model` returns it.
+        recipe: What to train on and how.
+        out: Folder that the adapter's directory is made in.
+        seed: Seed of the rows, their order and the initial factors.
+        overwrite: Replace an existing adapter directory.
+
+    Raises:
+        OutputError: If the directory exists or cannot be written.
+    """
+    refuse_existing(out / recipe.name, overwrite=overwrite)
+    tokenizer = AutoTokenizer.from_pretrained(model_directory)
+    encoded = encode(training_examples(recipe, seed), tokenizer, max_length=MAX_LENGTH)
+    base = AutoModelForCausalLM.from_pretrained(model_directory, dtype=torch.bfloat16)
+    torch.manual_seed(seed)
+    config = LoraConfig(
+        r=recipe.rank,
+        lora_alpha=recipe.alpha,
+        target_modules=list(recipe.target_modules),
+        task_type="CAUSAL_LM",
+    )
+    model = get_peft_model(base, config)
+    _fit(model, shuffled_batches(encoded, recipe, tokenizer.pad_token_id, seed), recipe)
+    _save(model, out / recipe.name, recipe, overwrite=overwrite)
+
+
+def shuffled_batches(encoded: Sequence[EncodedExample], recipe: Recipe, pad_token_id: int, seed: int) -> list[Batch]:
+    """Return the batches of all epochs, every epoch in a new random order."""
+    rng = random.Random(seed)
+    batches: list[Batch] = []
+    for _ in range(recipe.epochs):
+        order = rng.sample(list(encoded), len(encoded))
+        for start in range(0, len(order), recipe.batch_size):
+            group = order[start : start + recipe.batch_size]
+            batches += make_batches(group, pad_token_id=pad_token_id, tokens_per_batch=MAX_LENGTH * len(group))
+    return batches
+
+
+def response_loss(logits: Tensor, batch: Batch) -> Tensor:
+    """Return the mean negative log-likelihood of the response tokens.
+
+    Args:
+        logits: Shape (B, S, vocabulary); position t predicts token t + 1.
+        batch: The sequences and their loss mask.
+
+    Returns:
+        A scalar, float32, in nats.
+    """
+    wanted = batch.loss_mask[:, 1:]
+    return cross_entropy(logits[:, :-1][wanted].float(), batch.input_ids[:, 1:][wanted])
+
+
+def _fit(model: PeftModel, batches: Sequence[Batch], recipe: Recipe) -> None:
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=recipe.learning_rate, weight_decay=0.0)
+    warm_up = max(1, len(batches) // 10)
+    schedule = LambdaLR(
+        optimizer, lambda step: min((step + 1) / warm_up, (len(batches) - step) / (len(batches) - warm_up))
+    )
+    model.train()
+    losses: list[float] = []
+    for batch in track(batches, description=f"Training {recipe.name}"):
+        logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+        loss = response_loss(logits, batch)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    tail = losses[-max(1, len(losses) // 10) :]
+    _log.info("%s: mean loss of the last tenth of %d steps %.3f nats", recipe.name, len(losses), sum(tail) / len(tail))
+
+
+def _save(model: PeftModel, directory: Path, recipe: Recipe, *, overwrite: bool) -> None:
+    """Write factors and configuration without PEFT's model card, and without any path of this machine."""
+    config = model.peft_config["default"]
+    config.base_model_name_or_path = BASE_MODEL_NAME
+    config.inference_mode = True
+    config.target_modules = sorted(recipe.target_modules)  # PEFT keeps a set, whose order changes from run to run
+    factors = {
+        name: factor.to(torch.bfloat16).contiguous() for name, factor in get_peft_model_state_dict(model).items()
+    }
+    with atomic_directory(directory, overwrite=overwrite) as temporary:
+        save_file(factors, temporary / "adapter_model.safetensors", metadata={"format": "pt"})
+        config.save_pretrained(temporary)
+
+
+def main() -> None:
+    """Train the adapters named on the command line."""
+    parser = argparse.ArgumentParser(description="Train the demo's adapters.")
+    parser.add_argument(
+        "--model", type=Path, help="directory of the base model (default: the demo's, fetched if need be)"
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder for the adapter directories")
+    parser.add_argument("--only", choices=sorted(RECIPES), help="train this adapter alone")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--overwrite", action="store_true", help="replace existing adapter directories")
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    model = arguments.model or demo_model()
+    for name, recipe in RECIPES.items():
+        if arguments.only in (None, name):
+            train_adapter(model, recipe, arguments.out, seed=arguments.seed, overwrite=arguments.overwrite)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,342 @@
+"""Solving F_gain v = λ F_cost v: one spectrum per pair of Fishers, whatever their structure.
+
+λ is the safety efficiency of a direction, its gain per unit of cost. Vectors are normalised to VᵀF_costV = I, so the
+coordinates c of a weight change in the eigenbasis give its gain Σ λ_i c_i² and its cost Σ c_i² directly, and λ has one
+unit across all layers.
+
+F_cost is regularised by a multiple of the identity, `damping` times its scale: the mean diagonal per layer, or for
+`global`, whose F_cost has rank n at most, the mean nonzero eigenvalue. For Kronecker pairs the factors are shifted by
+√damping times their mean diagonals, which is the same multiple of F_cost's mean diagonal (factored Tikhonov; Martens &
+Grosse 2015, https://arxiv.org/abs/1503.05671).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from sstmerge.adapters import CoreSpace
+from sstmerge.errors import FisherError, InputError, SolverError
+from sstmerge.fisher import Fisher, KroneckerBasis, Structure
+from sstmerge.ops import generalized_eigh
+
+# Relative damping where the user gives none. `global` needs the most: its F_cost is zero outside the span of the samples,
+# where any λ would be a guess. The experiments behind these values are in dev/LOG.md.
+DEFAULT_DAMPING = {
+    Structure.DIAGONAL: 1e-2,
+    Structure.KFAC: 1e-3,
+    Structure.EKFAC: 1e-2,
+    Structure.BLOCK: 1e-2,
+    Structure.GLOBAL: 1e-2,
+}
+# Columns of score matrices that are converted to float64 at once.
+_COLUMNS_PER_CHUNK = 2**16
+
+
+class Spectrum(ABC):
+    """Generalized eigenvalues and eigenvectors of a gain and a cost Fisher.
+
+    Attributes:
+        space: The core space.
+        gain: F_gain.
+        cost: F_cost.
+        damping: Relative damping that was used.
+        eigenvalues: λ of every direction, shape (m,), float64. Directions that are not listed (`global` lists those in the
+            span of the gain samples only) have λ = 0.
+    """
+
+    def __init__(self, gain: Fisher, cost: Fisher, damping: float, eigenvalues: Tensor) -> None:
+        self.space: CoreSpace = gain.space
+        self.gain = gain
+        self.cost = cost
+        self.damping = damping
+        self.eigenvalues = eigenvalues.clamp_min(0.0)
+
+    @abstractmethod
+    def coordinates(self, vector: Tensor) -> Tensor:
+        """Return the coordinates VᵀF_cost φ of a vector φ (D,) in the eigenbasis, shape (m,), float64."""
+
+    @abstractmethod
+    def combine(self, coordinates: Tensor) -> Tensor:
+        """Return Σ c_i v_i, shape (D,), for coordinates c of shape (m,)."""
+
+    @abstractmethod
+    def pull_back(self, gradient: Tensor) -> Tensor:
+        """Return Vᵀ g, the derivative along every direction of a function with gradient g (D,), shape (m,)."""
+
+    @property
+    def complete(self) -> bool:
+        """Whether the listed directions span the whole space."""
+        return len(self.eigenvalues) == self.space.size
+
+    def apply_filter(self, vector: Tensor, weights: Tensor, rest: float = 0.0) -> Tensor:
+        """Multiply a vector's coordinates by weights: the F_cost-metric (never Euclidean) filter.
+
+        Args:
+            vector: φ, shape (D,).
+            weights: Factor per direction, shape (m,).
+            rest: Factor of the part of φ that lies in no listed direction.
+
+        Returns:
+            The filtered vector, shape (D,).
+        """
+        if bool((weights == rest).all()):
+            # The identity (or zero) is applied as such, without the rounding of a change of basis.
+            return rest * vector
+        coordinates = self.coordinates(vector)
+        if rest == 0.0 or self.complete:
+            return self.combine(weights * coordinates)
+        return rest * vector + self.combine((weights - rest) * coordinates)
+
+
+class DiagonalSpectrum(Spectrum):
+    """`diagonal`: every core entry is a direction."""
+
+    def __init__(self, gain: Fisher, cost: Fisher, damping: float) -> None:
+        damped = _damped_diagonal(cost, damping)
+        super().__init__(gain, cost, damping, gain.diagonal() / damped)
+        self._root = damped.sqrt()
+
+    def coordinates(self, vector: Tensor) -> Tensor:  # noqa: D102 (inherited)
+        return self._root * vector
+
+    def combine(self, coordinates: Tensor) -> Tensor:  # noqa: D102 (inherited)
+        return coordinates / self._root
+
+    def pull_back(self, gradient: Tensor) -> Tensor:  # noqa: D102 (inherited)
+        return gradient / self._root
+
+
+class KroneckerSpectrum(Spectrum):
+    """`kfac`: two small problems per layer, X_g p = α X_c p and D_g q = β D_c q; λ_ij = α_i β_j along q_j p_iᵀ.
+
+    Attributes:
+        basis: The directions, (P, Q) per group, which `ekfac` refits its eigenvalues in.
+    """
+
+    def __init__(self, gain: Fisher, cost: Fisher, damping: float) -> None:
+        P, Q, self._inverse_P, self._inverse_Q, products = [], [], [], [], []
+        for group, (X_g, D_g), (X_c, D_c) in zip(
+            gain.space.groups, gain.kronecker_factors(), cost.kronecker_factors(), strict=True
+        ):
+            X_c = _damp(X_c, damping**0.5, group.names, "input covariance")
+            D_c = _damp(D_c, damping**0.5, group.names, "output-gradient covariance")
+            inputs, outputs = generalized_eigh(X_g, X_c), generalized_eigh(D_g, D_c)
+            inputs.raise_on_failure([f"{name} (input covariance)" for name in group.names])
+            outputs.raise_on_failure([f"{name} (output-gradient covariance)" for name in group.names])
+            P.append(inputs.eigenvectors)
+            Q.append(outputs.eigenvectors)
+            # From Pᵀ X_c P = I: P⁻¹ = Pᵀ X_c.
+            self._inverse_P.append(inputs.eigenvectors.mT @ X_c)
+            self._inverse_Q.append(outputs.eigenvectors.mT @ D_c)
+            products.append(outputs.eigenvalues.clamp_min(0)[:, :, None] * inputs.eigenvalues.clamp_min(0)[:, None, :])
+        self.basis = KroneckerBasis(tuple(P), tuple(Q))
+        super().__init__(gain, cost, damping, gain.space.join(products))
+
+    def coordinates(self, vector: Tensor) -> Tensor:  # noqa: D102 (inherited)
+        cores = zip(self.space.split(vector), self._inverse_P, self._inverse_Q, strict=True)
+        return self.space.join([inverse_Q @ core @ inverse_P.mT for core, inverse_P, inverse_Q in cores])
+
+    def combine(self, coordinates: Tensor) -> Tensor:  # noqa: D102 (inherited)
+        cores = zip(self.space.split(coordinates), self.basis.P, self.basis.Q, strict=True)
+        return self.space.join([Q @ core @ P.mT for core, P, Q in cores])
+
+    def pull_back(self, gradient: Tensor) -> Tensor:  # noqa: D102 (inherited)
+        cores = zip(self.space.split(gradient), self.basis.P, self.basis.Q, strict=True)
+        return self.space.join([Q.mT @ core @ P for core, P, Q in cores])
+
+
+class EigenvalueCorrectedSpectrum(Spectrum):
+    """`ekfac`: the directions of a Kronecker spectrum, with gains and costs measured along them."""
+
+    def __init__(self, gain: Fisher, cost: Fisher, damping: float) -> None:
+        self._basis = gain.kronecker_basis()
+        other = cost.kronecker_basis()
+        if any(not torch.equal(a, b) for a, b in zip(self._basis.P + self._basis.Q, other.P + other.Q, strict=True)):
+            raise FisherError("The two EK-FAC Fishers were collected in different eigenbases; collect both in one.")
+        damped = _damped_diagonal(cost, damping)
+        super().__init__(gain, cost, damping, gain.diagonal() / damped)
+        self._root = damped.sqrt()
+
+    def coordinates(self, vector: Tensor) -> Tensor:  # noqa: D102 (inherited)
+        cores = zip(self.space.split(vector), self._basis.P, self._basis.Q, strict=True)
+        rotated = [torch.linalg.solve(Q, torch.linalg.solve(P, core.mT).mT) for core, P, Q in cores]
+        return self._root * self.space.join(rotated)
+
+    def combine(self, coordinates: Tensor) -> Tensor:  # noqa: D102 (inherited)
+        cores = zip(self.space.split(coordinates / self._root), self._basis.P, self._basis.Q, strict=True)
+        return self.space.join([Q @ core @ P.mT for core, P, Q in cores])
+
+    def pull_back(self, gradient: Tensor) -> Tensor:  # noqa: D102 (inherited)
+        cores = zip(self.space.split(gradient), self._basis.P, self._basis.Q, strict=True)
+        return self.space.join([Q.mT @ core @ P for core, P, Q in cores]) / self._root
+
+
+class BlockSpectrum(Spectrum):
+    """`block`: one problem of size R_o R_i per layer."""
+
+    def __init__(self, gain: Fisher, cost: Fisher, damping: float) -> None:
+        self._vectors, self._duals, values = [], [], []
+        for group, F_g, F_c in zip(gain.space.groups, gain.blocks(), cost.blocks(), strict=True):
+            damped = _damp(F_c, damping, group.names, "block")
+            solution = generalized_eigh(F_g, damped)
+            solution.raise_on_failure([f"{name} (block)" for name in group.names])
+            self._vectors.append(solution.eigenvectors)
+            self._duals.append(solution.eigenvectors.mT @ damped)
+            values.append(solution.eigenvalues.unflatten(1, group.core_shape[1:]))
+        super().__init__(gain, cost, damping, gain.space.join(values))
+
+    def coordinates(self, vector: Tensor) -> Tensor:  # noqa: D102 (inherited)
+        return self._multiply(self._duals, vector)
+
+    def combine(self, coordinates: Tensor) -> Tensor:  # noqa: D102 (inherited)
+        return self._multiply(self._vectors, coordinates)
+
+    def pull_back(self, gradient: Tensor) -> Tensor:  # noqa: D102 (inherited)
+        return self._multiply([vectors.mT for vectors in self._vectors], gradient)
+
+    def _multiply(self, matrices: Sequence[Tensor], vector: Tensor) -> Tensor:
+        parts = []
+        for group, matrix, core in zip(self.space.groups, matrices, self.space.split(vector), strict=True):
+            product = matrix @ core.flatten(1).unsqueeze(-1)
+            parts.append(product.squeeze(-1).unflatten(1, group.core_shape[1:]))
+        return self.space.join(parts)
+
+
+class GlobalSpectrum(Spectrum):
+    """`global`: all layers together, in the span of the samples; nothing of size D x D is formed.
+
+    With score matrices G_c (n_c, D) and G_g (n_g, D), M = G_cᵀG_c + ε I has the inverse (I − G_cᵀ T G_c) / ε with
+    T = (ε I + G_c G_cᵀ)⁻¹ (Woodbury). The whitened gain scores H = G_g M^{-1/2} have the Gram matrix
+    H Hᵀ = (G_g G_gᵀ − G_g G_cᵀ T G_c G_gᵀ) / ε = A Λ Aᵀ, of size n_g, and v_i = M⁻¹ G_gᵀ a_i / √λ_i.
+    """
+
+    def __init__(self, gain: Fisher, cost: Fisher, damping: float) -> None:
+        G_g, G_c = gain.scores(), cost.scores()
+        K_cc, K_cg, K_gg = _gram(G_c, G_c), _gram(G_c, G_g), _gram(G_g, G_g)
+        shift = damping * float(K_cc.trace()) / len(K_cc)
+        if not shift > 0:
+            raise SolverError(
+                "The global cost matrix is zero or its damping is: F_cost has rank n at most, so it needs damping > 0 "
+                "and benign sequences with nonzero scores."
+            )
+        identity = torch.eye(len(K_cc), dtype=torch.float64)
+        factor, info = torch.linalg.cholesky_ex(K_cc + shift * identity)
+        if int(info) != 0:
+            raise SolverError(
+                f"The global cost matrix with damping {damping:g} is not positive definite in float64 (condition number "
+                f"about {float(K_cc.diagonal().max()) / shift:.1e}); raise the damping."
+            )
+        solved = torch.cholesky_solve(K_cg, factor)  # T G_c G_gᵀ (n_c, n_g)
+        whitened = (K_gg - K_cg.mT @ solved) / shift
+        values, vectors = torch.linalg.eigh((whitened + whitened.mT) / 2)
+        values, vectors = values.flip(0), vectors.flip(1)
+        # Directions below the rounding of H Hᵀ are no directions: at most n_g, fewer if gain scores repeat.
+        kept = values > 1e-10 * values[0].clamp_min(torch.finfo(torch.float64).tiny)
+        super().__init__(gain, cost, damping, values[kept])
+        scaled = vectors[:, kept] / values[kept].sqrt()
+        self._gain_coefficients = scaled  # v = (G_gᵀ α + G_cᵀ β) / shift, α (n_g, m)
+        self._cost_coefficients = -solved @ scaled  # β (n_c, m)
+        self._shift = shift
+        self._G_g, self._G_c = G_g, G_c
+
+    def coordinates(self, vector: Tensor) -> Tensor:  # noqa: D102 (inherited)
+        # v_iᵀ M φ = a_iᵀ G_g φ / √λ_i, because M v_i = G_gᵀ a_i / √λ_i.
+        return self._gain_coefficients.mT @ _product(self._G_g, vector)
+
+    def combine(self, coordinates: Tensor) -> Tensor:  # noqa: D102 (inherited)
+        gain = _transposed_product(self._G_g, self._gain_coefficients @ coordinates)
+        cost = _transposed_product(self._G_c, self._cost_coefficients @ coordinates)
+        return (gain + cost) / self._shift
+
+    def pull_back(self, gradient: Tensor) -> Tensor:  # noqa: D102 (inherited)
+        gain = self._gain_coefficients.mT @ _product(self._G_g, gradient)
+        cost = self._cost_coefficients.mT @ _product(self._G_c, gradient)
+        return (gain + cost) / self._shift
+
+
+_SPECTRA: dict[Structure, type[Spectrum]] = {
+    Structure.DIAGONAL: DiagonalSpectrum,
+    Structure.KFAC: KroneckerSpectrum,
+    Structure.EKFAC: EigenvalueCorrectedSpectrum,
+    Structure.BLOCK: BlockSpectrum,
+    Structure.GLOBAL: GlobalSpectrum,
+}
+
+
+def solve(gain: Fisher, cost: Fisher, *, damping: float | None = None) -> Spectrum:
+    """Solve F_gain v = λ (F_cost + damping · scale · I) v.
+
+    Args:
+        gain: F_gain, from harmful prompts with refusals.
+        cost: F_cost, from benign prompts; of the same structure, for the same adapters.
+        damping: Relative damping; `DEFAULT_DAMPING` of the structure by default.
+
+    Returns:
+        The spectrum.
+
+    Raises:
+        FisherError: If the two are of different structures or spaces, or hold no response token.
+        InputError: If the damping is negative or not finite.
+    """
+    if gain.structure is not cost.structure:
+        raise FisherError(
+            f"The gain Fisher is '{gain.structure}' but the cost Fisher '{cost.structure}'; collect both with the same "
+            "structure."
+        )
+    for role, fisher in (("gain", gain), ("cost", cost)):
+        if fisher.tokens <= 0:
+            raise FisherError(f"The {role} Fisher has seen no response token; collect it from more data.")
+    cost = cost.in_space(gain.space)
+    damping = DEFAULT_DAMPING[gain.structure] if damping is None else damping
+    if not 0.0 <= damping < float("inf"):
+        raise InputError(f"damping must be a finite number >= 0, but is {damping}.")
+    return _SPECTRA[gain.structure](gain, cost, damping)  # type: ignore[call-arg, arg-type]
+
+
+def _damp(matrices: Tensor, damping: float, names: Sequence[str], what: str) -> Tensor:
+    """Add damping · mean diagonal to a batch of matrices (L, n, n)."""
+    scale = matrices.diagonal(dim1=1, dim2=2).mean(dim=1)
+    if bool((scale <= 0).any()):
+        name = names[int((scale <= 0).nonzero()[0])]
+        raise SolverError(
+            f"The benign {what} of layer '{name}' is zero: the benign data never reach this layer, so no cost can be "
+            "measured there. Leave the layer out, or add benign data that use it."
+        )
+    return matrices + torch.diag_embed((damping * scale)[:, None].expand(-1, matrices.shape[1]))
+
+
+def _damped_diagonal(cost: Fisher, damping: float) -> Tensor:
+    diagonal = cost.diagonal()
+    sizes = torch.cat([torch.full((g.core_shape[0],), g.core_shape[1] * g.core_shape[2]) for g in cost.space.groups])
+    scale = cost.space.layer_sums(diagonal) / sizes
+    damped = diagonal + damping * scale.repeat_interleave(sizes)
+    if bool((damped <= 0).any()):
+        layer = int(torch.repeat_interleave(sizes)[int((damped <= 0).nonzero()[0])])
+        raise SolverError(
+            f"The benign Fisher has zero entries in layer '{cost.space.layer_names[layer]}', and damping {damping:g} "
+            "does not lift them: raise the damping or add benign data."
+        )
+    return damped
+
+
+def _gram(a: Tensor, b: Tensor) -> Tensor:
+    """Return a bᵀ (n, m) in float64, a chunk of columns at a time."""
+    total = torch.zeros(len(a), len(b), dtype=torch.float64)
+    for left, right in zip(a.split(_COLUMNS_PER_CHUNK, dim=1), b.split(_COLUMNS_PER_CHUNK, dim=1), strict=True):
+        total += left.double() @ right.double().mT
+    return total
+
+
+def _product(scores: Tensor, vector: Tensor) -> Tensor:
+    """Return G φ (n,) in float64."""
+    chunks = zip(scores.split(_COLUMNS_PER_CHUNK, dim=1), vector.split(_COLUMNS_PER_CHUNK), strict=True)
+    return torch.stack([left.double() @ right.double() for left, right in chunks]).sum(dim=0)
+
+
+def _transposed_product(scores: Tensor, weights: Tensor) -> Tensor:
+    """Return Gᵀ w (D,) in float64."""
+    return torch.cat([chunk.double().mT @ weights for chunk in scores.split(_COLUMNS_PER_CHUNK, dim=1)])

@@ -1,0 +1,102 @@
+"""Choosing directions of a spectrum, across all layers at once: λ has one unit everywhere."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sstmerge.errors import InputError
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which directions of the safety adapter are kept; at most one of `top`, `fraction` and `energy`.
+
+    Attributes:
+        top: Number of directions of largest λ.
+        fraction: Share of all directions of the space, of largest λ, in (0, 1].
+        energy: Share of the safety adapter's gain energy Σ λ_i c_i² that the kept directions must hold, in (0, 1].
+        mu: Shrinkage μ >= 0 of the `wiener` and `joint` rules, in units of λ.
+        budget: Predicted KL divergence on benign data, in nats per response token, that the merge
+            spends.
+    """
+
+    top: int | None = None
+    fraction: float | None = None
+    energy: float | None = None
+    mu: float | None = None
+    budget: float | None = None
+
+    def __post_init__(self) -> None:
+        given = [name for name in ("top", "fraction", "energy") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise InputError(f"Give one of top, fraction and energy; got {' and '.join(given)}.")
+        if self.top is not None and self.top < 1:
+            raise InputError(f"top must be at least 1, but is {self.top}.")
+        for name in ("fraction", "energy"):
+            value = getattr(self, name)
+            if value is not None and not 0.0 < value <= 1.0:
+                raise InputError(f"{name} must lie in (0, 1], but is {value}.")
+        if self.mu is not None and not 0.0 <= self.mu < math.inf:
+            raise InputError(f"mu must be a finite number >= 0, but is {self.mu}.")
+        if self.budget is not None and not 0.0 < self.budget < math.inf:
+            raise InputError(f"budget must be a positive number of nats per token, but is {self.budget}.")
+
+    @property
+    def counts_directions(self) -> bool:
+        """Whether a number of directions is asked for, in one way or another."""
+        return self.top is not None or self.fraction is not None or self.energy is not None
+
+
+def efficiency_order(eigenvalues: Tensor) -> Tensor:
+    """Return the indices of the directions by falling λ, shape (m,); ties keep their order."""
+    return torch.argsort(eigenvalues, descending=True, stable=True)
+
+
+def select(selection: Selection, eigenvalues: Tensor, coordinates: Tensor, dimension: int) -> Tensor:
+    """Return which directions are kept.
+
+    Args:
+        selection: The user's choice; without top, fraction or energy every direction is kept.
+        eigenvalues: λ, shape (m,).
+        coordinates: The safety adapter's coordinates c, shape (m,).
+        dimension: Dimension D of the space, which `fraction` refers to.
+
+    Returns:
+        1 for kept directions and 0 for others, shape (m,), float64.
+
+    Raises:
+        InputError: If more directions are asked for than there are, or the gain energy is zero.
+    """
+    count = len(eigenvalues)
+    order = efficiency_order(eigenvalues)
+    if selection.top is not None:
+        if selection.top > count:
+            raise InputError(
+                f"top asks for {selection.top} directions, but these Fishers have {count} with a λ; give at most that."
+            )
+        kept = selection.top
+    elif selection.fraction is not None:
+        # `global` lists at most as many directions as there are gain samples; the others have λ = 0.
+        kept = min(count, math.ceil(selection.fraction * dimension))
+    elif selection.energy is not None:
+        cumulative = (eigenvalues * coordinates.square())[order].cumsum(0)
+        if not float(cumulative[-1]) > 0:
+            raise InputError("The safety adapter has no gain energy: no direction with λ > 0 has a part in it.")
+        reached = cumulative >= selection.energy * cumulative[-1] * (1 - 1e-12)
+        kept = int(reached.to(torch.int8).argmax()) + 1
+    else:
+        kept = count
+    mask = torch.zeros(count, dtype=torch.float64)
+    mask[order[:kept]] = 1.0
+    return mask
+
+
+def shrinkage(eigenvalues: Tensor, mu: float) -> Tensor:
+    """Return the Wiener weights λ / (λ + μ), shape (m,); 1 for μ = 0."""
+    if mu == 0.0:
+        return torch.ones_like(eigenvalues)
+    return eigenvalues / (eigenvalues + mu)

@@ -1,0 +1,316 @@
+"""Safety-subspace merging: from a spectrum to the merged adapter.
+
+With c(φ) the coordinates of a weight change in the generalized eigenbasis, φ_u the utility adapters and φ_s the safety
+adapter,
+
+    project   c(φ_u) + a · 1[i selected] · c(φ_s)       the F_cost-metric projection
+    wiener    c(φ_u) + a · λ_i / (λ_i + μ) · c(φ_s)     μ = 0: no filter, φ_u + a φ_s
+    joint     w_i c(φ_s) + (1 − w_i) c(φ_u), w_i = λ_i / (λ_i + μ)   the Pareto path of the two quadratic losses
+    refit     coefficients learned again inside the selected subspace (`sstmerge.pipeline.refit`, needs the model)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sstmerge.errors import InputError
+from sstmerge.gevp import Spectrum
+from sstmerge.merging.selection import Selection, efficiency_order, select, shrinkage
+
+# The directions kept where the user chooses none: those that hold this share of the safety adapter's gain energy.
+DEFAULT_ENERGY = 0.99
+_BISECTIONS = 60
+
+
+class Rule(StrEnum):
+    """How the spectrum becomes a merged adapter."""
+
+    PROJECT = "project"
+    WIENER = "wiener"
+    JOINT = "joint"
+    REFIT = "refit"
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What a merge keeps and what it is predicted to cost, all without running the model.
+
+    Attributes:
+        rule: Rule.
+        structure: Structure of the Fishers.
+        scale: Factor a that was applied to the safety adapter.
+        mu: Shrinkage, None for `project`.
+        damping: Relative damping of F_cost.
+        directions: Directions with a weight above one half.
+        directions_in_all: Dimension of the space.
+        gain_kept: Share of the safety adapter's gain energy φᵀF_gain φ that the change keeps at scale 1.
+        predicted_kl: ½ Δᵀ F_cost Δ of the change Δ from the utility model, nats per benign response token.
+        predicted_kl_task_arithmetic: The same for the whole safety adapter at the same scale.
+        predicted_gain: g · Δ, first-order change of the refusals' log-probability, nats per response token.
+        norm: Frobenius norm of Δ.
+        norm_task_arithmetic: Frobenius norm of the scaled safety adapter.
+        directions_per_layer: Kept directions by layer; empty for `global`, whose directions span all layers.
+        norm_per_layer: Frobenius norm of Δ by layer.
+        spectrum: The largest eigenvalues λ, up to 64.
+        gain_sequences: Effective number of sequences behind F_gain.
+        cost_sequences: Effective number of sequences behind F_cost.
+        warnings: Sentences about what to look at.
+    """
+
+    rule: str
+    structure: str
+    scale: float
+    mu: float | None
+    damping: float
+    directions: int
+    directions_in_all: int
+    gain_kept: float
+    predicted_kl: float
+    predicted_kl_task_arithmetic: float
+    predicted_gain: float
+    norm: float
+    norm_task_arithmetic: float
+    directions_per_layer: dict[str, int]
+    norm_per_layer: dict[str, float]
+    spectrum: list[float]
+    gain_sequences: float
+    cost_sequences: float
+    warnings: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as plain data for JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Merge:
+    """A merged point of the core space.
+
+    Attributes:
+        core: Coordinates, shape (D,), float64.
+        report: What was kept.
+    """
+
+    core: Tensor
+    report: MergeReport
+
+
+def parse_rule(name: str) -> Rule:
+    """Return the rule of that name.
+
+    Args:
+        name: One of the values of `Rule`.
+
+    Returns:
+        The rule.
+
+    Raises:
+        InputError: If there is none.
+    """
+    try:
+        return Rule(name)
+    except ValueError:
+        raise InputError(f"Unknown rule '{name}'; expected one of {[r.value for r in Rule]}.") from None
+
+
+def merge_cores(
+    spectrum: Spectrum,
+    utility: Tensor,
+    safety: Tensor,
+    *,
+    rule: Rule = Rule.PROJECT,
+    scale: float | None = None,
+    selection: Selection = Selection(),  # noqa: B008 (frozen)
+) -> Merge:
+    """Merge a safety adapter into the utility adapters.
+
+    Args:
+        spectrum: The solved pair of Fishers.
+        utility: φ_u, the (weighted sum of) utility adapters, shape (D,); may be zero.
+        safety: φ_s, shape (D,).
+        rule: `project`, `wiener` or `joint`.
+        scale: Factor a of the safety adapter, 1 by default. A budget sets it where directions (or μ) are chosen already;
+            otherwise the budget sets the directions (or μ), and the scale only where even all of them cost less.
+        selection: Which directions; for `project` without any choice, those that hold 99 % of the gain energy.
+
+    Returns:
+        The merged point and its report.
+
+    Raises:
+        InputError: If options contradict each other.
+    """
+    _check_options(rule, scale, selection)
+    source = safety - utility if rule is Rule.JOINT else safety
+    weights, mu = _weights(spectrum, source, rule, 1.0 if scale is None else scale, selection)
+    rest = 1.0 if mu == 0.0 and not selection.counts_directions else 0.0
+    change = spectrum.apply_filter(source, weights, rest)
+    if scale is None:
+        scale = 1.0
+        if selection.budget is not None and (_directions_given(rule, selection) or bool((weights == 1).all())):
+            scale = _scale_for(spectrum, change, selection.budget)
+    change = scale * change
+    return Merge(utility + change, report(spectrum, source, change, weights, rule, scale, mu))
+
+
+def report(
+    spectrum: Spectrum, source: Tensor, change: Tensor, weights: Tensor, rule: Rule, scale: float, mu: float | None
+) -> MergeReport:
+    """Describe a change of the utility model.
+
+    Args:
+        spectrum: The solved pair of Fishers.
+        source: The adapter the change was taken from, at scale 1, shape (D,).
+        change: The change, shape (D,).
+        weights: Weight per direction, shape (m,).
+        rule: Rule.
+        scale: Factor that was applied.
+        mu: Shrinkage.
+
+    Returns:
+        The report.
+    """
+    space = spectrum.space
+    kept = weights > 0.5
+    whole_gain = spectrum.gain.quadratic(source)
+    per_layer = space.layer_sums(kept.double()) if spectrum.complete else None
+    norms = space.layer_sums(change.square()).sqrt()
+    effective = spectrum.gain.counts.effective_sequences, spectrum.cost.counts.effective_sequences
+    return MergeReport(
+        rule=rule.value,
+        structure=spectrum.gain.structure.value,
+        scale=scale,
+        mu=mu,
+        damping=spectrum.damping,
+        directions=int(kept.sum()),
+        directions_in_all=space.size,
+        gain_kept=spectrum.gain.quadratic(change) / (scale**2 * whole_gain) if whole_gain > 0 and scale else 0.0,
+        predicted_kl=0.5 * spectrum.cost.quadratic(change),
+        predicted_kl_task_arithmetic=0.5 * spectrum.cost.quadratic(scale * source),
+        predicted_gain=float(spectrum.gain.mean_score() @ change),
+        norm=float(change.norm()),
+        norm_task_arithmetic=float((scale * source).norm()),
+        directions_per_layer=(
+            {}
+            if per_layer is None
+            else {n: int(c) for n, c in zip(space.layer_names, per_layer.tolist(), strict=True) if c}
+        ),
+        norm_per_layer=dict(zip(space.layer_names, norms.tolist(), strict=True)),
+        spectrum=spectrum.eigenvalues.sort(descending=True).values[:64].tolist(),
+        gain_sequences=effective[0],
+        cost_sequences=effective[1],
+        warnings=tuple(_warnings(spectrum, scale, effective)),
+    )
+
+
+def _check_options(rule: Rule, scale: float | None, selection: Selection) -> None:
+    if rule is Rule.REFIT:
+        raise InputError("The rule 'refit' evaluates the model; use sstmerge.merge or sstmerge.pipeline.refit.")
+    if rule is Rule.PROJECT and selection.mu is not None:
+        raise InputError("mu belongs to the rules 'wiener' and 'joint'; 'project' takes top, fraction, energy or budget.")
+    if rule in (Rule.WIENER, Rule.JOINT) and selection.mu is None and selection.budget is None:
+        raise InputError(f"The rule '{rule}' needs mu (the λ at which half of a direction is kept) or a budget.")
+    if scale is not None and selection.budget is not None and _directions_given(rule, selection):
+        raise InputError("The directions are chosen already, so the budget sets the scale; give either scale or budget.")
+
+
+def _directions_given(rule: Rule, selection: Selection) -> bool:
+    """Whether the weights do not depend on the budget, which then sets the scale."""
+    return selection.counts_directions if rule is Rule.PROJECT else selection.mu is not None
+
+
+def _weights(
+    spectrum: Spectrum, source: Tensor, rule: Rule, scale: float, selection: Selection
+) -> tuple[Tensor, float | None]:
+    """Return the weight of every direction (m,), and μ."""
+    eigenvalues, dimension = spectrum.eigenvalues, spectrum.space.size
+    if rule is Rule.PROJECT:
+        if selection.budget is not None and not selection.counts_directions:
+            return _within_budget(spectrum, source, scale, selection.budget), None
+        chosen = selection if selection.counts_directions else Selection(energy=DEFAULT_ENERGY)
+        return select(chosen, eigenvalues, spectrum.coordinates(source), dimension), None
+    mask = select(selection, eigenvalues, spectrum.coordinates(source), dimension)
+    if selection.mu is not None:
+        return mask * shrinkage(eigenvalues, selection.mu), selection.mu
+    mu = _mu_for(spectrum, source, mask, scale, selection)
+    return mask * shrinkage(eigenvalues, mu), mu
+
+
+def _scale_for(spectrum: Spectrum, change: Tensor, budget: float) -> float:
+    """Return the scale at which the predicted KL equals the budget."""
+    cost = 0.5 * spectrum.cost.quadratic(change)
+    if not cost > 0:
+        raise InputError("The selected directions have no cost on the benign data, so a budget cannot set their scale.")
+    return float(budget / cost) ** 0.5
+
+
+def _within_budget(spectrum: Spectrum, source: Tensor, scale: float, budget: float) -> Tensor:
+    """Keep the most efficient directions, the last of them in part, so that the predicted KL equals the budget."""
+    rank = torch.empty(len(spectrum.eigenvalues), dtype=torch.float64)
+    rank[efficiency_order(spectrum.eigenvalues)] = torch.arange(len(rank), dtype=torch.float64)
+
+    def weights(position: float) -> Tensor:
+        return (position - rank).clamp(0.0, 1.0)
+
+    def spent(position: float) -> float:
+        return 0.5 * spectrum.cost.quadratic(scale * spectrum.apply_filter(source, weights(position)))
+
+    if spent(len(rank)) <= budget:
+        return torch.ones_like(rank)
+    return weights(_bisect(spent, 0.0, float(len(rank)), budget))
+
+
+def _mu_for(spectrum: Spectrum, source: Tensor, mask: Tensor, scale: float, selection: Selection) -> float:
+    """Return the smallest μ whose predicted KL at this scale stays within the budget."""
+    positive = spectrum.eigenvalues[spectrum.eigenvalues > 0]
+    if not len(positive):
+        raise InputError("No direction has a λ above zero; the gain Fisher holds no score.")
+
+    def spent(strength: float) -> float:
+        """Return the predicted KL at μ = exp(−strength): it rises with the strength."""
+        weights = mask * shrinkage(spectrum.eigenvalues, math.exp(-strength))
+        return 0.5 * spectrum.cost.quadratic(scale * spectrum.apply_filter(source, weights))
+
+    budget = selection.budget or 0.0
+    if not selection.counts_directions and 0.5 * spectrum.cost.quadratic(scale * source) <= budget:
+        return 0.0
+    weakest, strongest = -math.log(float(positive.max())) - 40.0, -math.log(float(positive.min())) + 20.0
+    if spent(strongest) <= budget:
+        return math.exp(-strongest)
+    return math.exp(-_bisect(spent, weakest, strongest, budget))
+
+
+def _bisect(spent: Callable[[float], float], low: float, high: float, budget: float) -> float:
+    """Return the largest argument found in [low, high] whose (rising) value stays within the budget."""
+    for _ in range(_BISECTIONS):
+        middle = (low + high) / 2
+        if middle in (low, high):
+            break
+        if spent(middle) <= budget:
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+def _warnings(spectrum: Spectrum, scale: float, effective: tuple[float, float]) -> list[str]:
+    sentences = []
+    if scale > 1.5:
+        sentences.append(f"The scale is {scale:.2f}: far beyond the adapter as trained, the quadratic model is a guess.")
+    for role, sequences in zip(("harm", "benign"), effective, strict=True):
+        if sequences < 32:
+            sentences.append(
+                f"Only {sequences:.0f} effective {role} sequences: the largest λ are then mostly selection noise."
+            )
+    if spectrum.gain.metadata.get("reference") != spectrum.cost.metadata.get("reference"):
+        sentences.append(
+            f"The gain was taken at '{spectrum.gain.metadata.get('reference')}' but the cost at "
+            f"'{spectrum.cost.metadata.get('reference')}'."
+        )
+    return sentences

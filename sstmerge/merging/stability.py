@@ -1,0 +1,106 @@
+"""How far a merge depends on the sample: the same merge from each split half, and each half judged by the other."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+
+from sstmerge.fisher import Fisher
+from sstmerge.gevp import Spectrum, solve
+from sstmerge.merging.selection import efficiency_order
+
+# Directions that are compared; enough for every selection in practice, and cheap.
+_COMPARED = 64
+
+
+@dataclass(frozen=True)
+class Stability:
+    """Agreement of the split halves (even and odd sequences).
+
+    Attributes:
+        directions: Number k of directions compared, those of largest λ.
+        subspace_overlap: ‖V₀ᵀ F_cost V₁‖² / k of the two halves' top-k subspaces; 1 if they are equal.
+        chance_overlap: What unrelated subspaces of this size would give, k / D.
+        held_out_gain: Share of the safety adapter's gain, measured on one half, that the directions of the other half
+            keep; mean of both ways.
+        held_out_cost: The same for the cost.
+        in_sample_gain: Share of the gain that a half's directions keep on that half itself.
+    """
+
+    directions: int
+    subspace_overlap: float
+    chance_overlap: float
+    held_out_gain: float
+    held_out_cost: float
+    in_sample_gain: float
+
+    def to_dict(self) -> dict[str, float]:
+        """Return plain data for JSON."""
+        return asdict(self)
+
+
+def split_half_stability(
+    gain: Fisher, cost: Fisher, safety: Tensor, *, directions: int, damping: float | None = None
+) -> Stability:
+    """Solve both halves apart and compare.
+
+    Args:
+        gain: F_gain.
+        cost: F_cost.
+        safety: The safety adapter, shape (D,).
+        directions: Number of directions that the merge keeps; at most 64 of them are compared.
+        damping: Relative damping.
+
+    Returns:
+        The comparison.
+    """
+    halves = [(gain.half(h), cost.half(h)) for h in (0, 1)]
+    spectra = [solve(*half, damping=damping) for half in halves]
+    count = max(1, min(directions, _COMPARED, *(len(s.eigenvalues) for s in spectra)))
+    bases = [_top_vectors(spectrum, count) for spectrum in spectra]
+    whole = solve(gain, cost, damping=damping)
+    orthonormal = [_orthonormal(whole, basis) for basis in bases]
+    overlap = float((orthonormal[0] @ orthonormal[1].mT).square().sum()) / count
+    changes = [basis.mT @ spectrum.coordinates(safety)[_top(spectrum, count)] for spectrum, basis in zip(spectra, bases, strict=True)]
+    held_out_gain = [_share(halves[1 - h][0], changes[h], safety) for h in (0, 1)]
+    held_out_cost = [_share(halves[1 - h][1], changes[h], safety) for h in (0, 1)]
+    in_sample = [_share(halves[h][0], changes[h], safety) for h in (0, 1)]
+    return Stability(
+        directions=count,
+        subspace_overlap=overlap,
+        chance_overlap=count / gain.space.size,
+        held_out_gain=sum(held_out_gain) / 2,
+        held_out_cost=sum(held_out_cost) / 2,
+        in_sample_gain=sum(in_sample) / 2,
+    )
+
+
+def _top(spectrum: Spectrum, count: int) -> Tensor:
+    return efficiency_order(spectrum.eigenvalues)[:count]
+
+
+def _top_vectors(spectrum: Spectrum, count: int) -> Tensor:
+    """Return the eigenvectors of the largest λ as rows, shape (count, D)."""
+    rows = []
+    for index in _top(spectrum, count).tolist():
+        unit = torch.zeros(len(spectrum.eigenvalues), dtype=torch.float64)
+        unit[index] = 1.0
+        rows.append(spectrum.combine(unit))
+    return torch.stack(rows)
+
+
+def _orthonormal(spectrum: Spectrum, vectors: Tensor) -> Tensor:
+    """Return coordinates of an orthonormal basis of the rows' span, Euclidean in coordinates scaled by the cost.
+
+    For spectra that list only part of the directions, plain Euclidean geometry is used, since there is no complete basis
+    to express vectors in.
+    """
+    rows = torch.stack([spectrum.coordinates(v) for v in vectors]) if spectrum.complete else vectors
+    return torch.linalg.qr(rows.mT).Q.mT
+
+
+def _share(fisher: Fisher, change: Tensor, safety: Tensor) -> float:
+    whole = fisher.quadratic(safety)
+    return fisher.quadratic(change) / whole if whole > 0 else 0.0

@@ -1,0 +1,185 @@
+"""From prompt files to the two Fishers: examples, missing responses, batches, collection."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from sstmerge.adapters import CoreSpace
+from sstmerge.errors import InputError
+from sstmerge.fisher import Batch, Fisher, collect_fisher, installed_taps, reference_points
+from sstmerge.gevp import KroneckerSpectrum, solve
+from sstmerge.pipeline.generate import generate
+from sstmerge.prompts import (
+    Example,
+    completions_missing,
+    context_length,
+    encode,
+    load_examples,
+    make_batches,
+    with_responses,
+)
+
+# Called with what is being done, the number done and the number in all.
+Progress = Callable[[str, int, int], None]
+
+
+def no_progress(what: str, done: int, total: int) -> None:
+    """Report nothing."""
+
+
+@dataclass(frozen=True)
+class CollectionOptions:
+    """How Fishers are collected.
+
+    Attributes:
+        structure: One of `diagonal`, `kfac`, `ekfac`, `block`, `global`.
+        reference: Where scores are taken (`sstmerge.fisher.reference_points`).
+        response_tokens: Only the first so many tokens of every response enter the loss; None for all.
+        max_length: Longest sequence in tokens; the model's context by default.
+        tokens_per_batch: Tokens per forward pass, padding included.
+        draws: Label draws per forward pass of the cost Fisher.
+        weight_sharing: `expand` or `reduce`, for `kfac`.
+        completion_tokens: Longest response that is generated for a benign prompt without one.
+        seed: Seed of the sampled labels.
+    """
+
+    structure: str = "global"
+    reference: str = "utility"
+    response_tokens: int | None = None
+    max_length: int | None = None
+    tokens_per_batch: int = 1024
+    draws: int = 1
+    weight_sharing: str = "expand"
+    completion_tokens: int = 32
+    seed: int = 0
+
+
+def load_all(paths: str | Path | Sequence[str | Path], *, split: str | None, limit: int | None) -> list[Example]:
+    """Read one or several prompt files.
+
+    Args:
+        paths: A file, a hub id, or several.
+        split: Keep rows of this split.
+        limit: Keep the first so many rows of each file.
+
+    Returns:
+        All examples, file after file.
+    """
+    listed = [paths] if isinstance(paths, str | Path) else list(paths)
+    return [example for path in listed for example in load_examples(str(path), split=split, limit=limit)]
+
+
+def complete(
+    model: nn.Module,
+    tokenizer: Any,
+    examples: Sequence[Example],
+    space: CoreSpace,
+    reference: str,
+    *,
+    max_new_tokens: int,
+    progress: Progress = no_progress,
+) -> list[Example]:
+    """Give every prompt without a response the greedy answer of the reference model.
+
+    Args:
+        model: The base model.
+        tokenizer: Its tokenizer.
+        examples: Prompts, some without a response.
+        space: The core space.
+        reference: The reference; on a path, its first point answers.
+        max_new_tokens: Longest answer.
+        progress: Progress.
+
+    Returns:
+        Examples that all have responses.
+    """
+    missing = [examples[position] for position in completions_missing(examples)]
+    if not missing:
+        return list(examples)
+    done = 0
+
+    def advance(count: int) -> None:
+        nonlocal done
+        done += count
+        progress("answering benign prompts without a response", done, len(missing))
+
+    with installed_taps(model, space, reference_points(reference, space)[0]):
+        answers = generate(model, tokenizer, missing, max_new_tokens=max_new_tokens, progress=advance)  # type: ignore[arg-type]
+    return with_responses(examples, answers)
+
+
+def batches_of(
+    model: nn.Module, tokenizer: Any, examples: Sequence[Example], options: CollectionOptions
+) -> list[Batch]:
+    """Encode examples and cut them into batches."""
+    limit = options.max_length or context_length(model.config, tokenizer)
+    encoded = encode(examples, tokenizer, max_length=limit, response_tokens=options.response_tokens)
+    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
+    return make_batches(encoded, pad_token_id=padding, tokens_per_batch=options.tokens_per_batch)
+
+
+def collect_pair(
+    model: nn.Module,
+    space: CoreSpace,
+    harm: Sequence[Batch],
+    benign: Sequence[Batch],
+    options: CollectionOptions,
+    *,
+    progress: Progress = no_progress,
+) -> tuple[Fisher, Fisher]:
+    """Collect F_gain (labels from the data) and F_cost (labels sampled from the model) at one reference.
+
+    `ekfac` takes two passes: one of `kfac` whose generalized eigenbasis the second one refits eigenvalues in.
+
+    Args:
+        model: The base model.
+        space: The core space.
+        harm: Harmful prompts with refusals.
+        benign: Benign prompts with responses.
+        options: How.
+        progress: Progress.
+
+    Returns:
+        F_gain and F_cost.
+    """
+    basis = None
+    if options.structure == "ekfac":
+        first = collect_pair(model, space, harm, benign, _with_structure(options, "kfac"), progress=progress)
+        spectrum = solve(*first)
+        if not isinstance(spectrum, KroneckerSpectrum):
+            raise InputError("An EK-FAC basis comes from a pair of kfac Fishers.")
+        basis = spectrum.basis
+    fishers = []
+    for what, batches, labels in (("harm Fisher", harm, "data"), ("benign Fisher", benign, "sampled")):
+        fishers.append(
+            collect_fisher(
+                model,
+                batches,
+                space,
+                structure=options.structure,
+                labels=labels,
+                reference=options.reference,
+                draws=options.draws if labels == "sampled" else 1,
+                weight_sharing=options.weight_sharing,
+                basis=basis,
+                seed=options.seed,
+                metadata={"response_tokens": options.response_tokens},
+                progress=lambda done, total, what=what: progress(f"{what} ({options.structure})", done, total),  # type: ignore[misc]
+            )
+        )
+    return fishers[0], fishers[1]
+
+
+def _with_structure(options: CollectionOptions, structure: str) -> CollectionOptions:
+    return CollectionOptions(**{**vars(options), "structure": structure})
+
+
+def seed_everything(seed: int) -> None:
+    """Seed torch, for whatever a model draws by itself."""
+    torch.manual_seed(seed)

@@ -1,0 +1,212 @@
+"""`sstmerge doctor`: what is installed, which backends run here, why others do not, and whether every op is right."""
+
+from __future__ import annotations
+
+import math
+import platform
+from dataclasses import dataclass
+from importlib import metadata
+
+import torch
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor
+
+from sstmerge import __version__, ops, reference
+from sstmerge.ops import BackendInfo, BackendName, SolveStatus
+
+_PACKAGES = ("torch", "transformers", "peft", "scipy", "numpy")
+_MISSING = "not installed"
+
+# Sizes of the random problems: the smallest, an odd one and those of one and two rank-32 adapters.
+_SIZES = (1, 7, 32, 64)
+
+# A check passes up to this many rounding errors for each row of the largest problem.
+_ROUNDING_ERRORS = 10
+
+
+@dataclass(frozen=True)
+class OpCheck:
+    """How far an op on one backend is from its reference twin.
+
+    Attributes:
+        op: Name of the op.
+        backend: Name of the backend.
+        dtype: Dtype of the problems, without "torch.".
+        residual: Largest relative deviation over all problems; infinity where a status is wrong.
+        tolerance: Largest residual that passes.
+    """
+
+    op: str
+    backend: str
+    dtype: str
+    residual: float
+    tolerance: float
+
+    @property
+    def ok(self) -> bool:
+        """Whether the residual is within the tolerance."""
+        return self.residual <= self.tolerance
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What `diagnose` found.
+
+    Attributes:
+        versions: Version of every package that matters, "not installed" where it is missing.
+        backends: Every backend, available or with the reason why not.
+        checks: One entry per op, available backend and dtype.
+    """
+
+    versions: dict[str, str]
+    backends: tuple[BackendInfo, ...]
+    checks: tuple[OpCheck, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether all packages are there and every check passed; a missing backend is no fault."""
+        return _MISSING not in self.versions.values() and all(check.ok for check in self.checks)
+
+
+def diagnose(seed: int = 0) -> Diagnosis:
+    """Look at the installation and run every op on every available backend against its reference twin.
+
+    Args:
+        seed: Seed of the random problems.
+
+    Returns:
+        Versions, backends and checks; takes well under a second after the imports.
+    """
+    check_by_op = {"generalized_eigh": _check_generalized_eigh, "filter_cores": _check_filter_cores}
+    backends = ops.backends()
+    checks = [
+        OpCheck(
+            op,
+            backend.name,
+            str(dtype).removeprefix("torch."),
+            check_by_op[op](backend.name, dtype, seed),
+            tolerance=_ROUNDING_ERRORS * max(_SIZES) * torch.finfo(dtype).eps,
+        )
+        for backend in backends
+        for op in backend.ops
+        for dtype in (torch.float32, torch.float64)
+    ]
+    return Diagnosis(_versions(), backends, tuple(checks))
+
+
+def render(diagnosis: Diagnosis) -> Group:
+    """Lay out a diagnosis for the terminal.
+
+    Args:
+        diagnosis: What `diagnose` found.
+
+    Returns:
+        Three tables and a verdict, for `rich.console.Console.print`.
+    """
+    versions = Table("package", "version", title="Versions", title_justify="left")
+    for package, version in diagnosis.versions.items():
+        versions.add_row(package, Text(version, style="red" if version == _MISSING else ""))
+    backends = Table("backend", "", "what it is, or why it is missing", "ops", title="Backends", title_justify="left")
+    for backend in diagnosis.backends:
+        words = Text("available", style="green") if backend.available else Text("missing", style="yellow")
+        backends.add_row(backend.name, words, Text(backend.reason), ", ".join(backend.ops))
+    columns = ("op", "backend", "dtype", "residual", "allowed", "")
+    checks = Table(*columns, title="Every op against its reference twin in float64", title_justify="left")
+    for check in diagnosis.checks:
+        words = Text("ok", style="green") if check.ok else Text("WRONG", style="bold red")
+        checks.add_row(check.op, check.backend, check.dtype, f"{check.residual:.1e}", f"{check.tolerance:.1e}", words)
+    return Group(versions, backends, checks, _verdict(diagnosis))
+
+
+def _verdict(diagnosis: Diagnosis) -> Text:
+    missing = [package for package, version in diagnosis.versions.items() if version == _MISSING]
+    wrong = [f"{check.op} on {check.backend} ({check.dtype})" for check in diagnosis.checks if not check.ok]
+    if missing:
+        return Text(f"Missing packages: {', '.join(missing)}. Install sstmerge with pip to get them.", style="red")
+    if wrong:
+        return Text(f"Wrong results: {', '.join(wrong)}. Use another backend and report this table.", style="red")
+    return Text("Everything that is available works.", style="green")
+
+
+def _versions() -> dict[str, str]:
+    versions = {"sstmerge": __version__, "python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = _MISSING
+    return versions
+
+
+def _random_problems(batch: int, n: int, dtype: torch.dtype, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Return symmetric a of low rank and well-conditioned b, as Fishers are; shapes (batch, n, n)."""
+    gain = torch.randn(batch, n, max(1, n // 2), dtype=torch.float64, generator=generator)
+    cost = torch.randn(batch, n, 4 * n, dtype=torch.float64, generator=generator)
+    identity = torch.eye(n, dtype=torch.float64)
+    return (gain @ gain.mT / n).to(dtype), (cost @ cost.mT / (4 * n) + 0.1 * identity).to(dtype)
+
+
+def _check_generalized_eigh(backend: BackendName, dtype: torch.dtype, seed: int) -> float:
+    """Return the largest relative deviation in eigenvalues, residual and orthogonality; infinity for a wrong status."""
+    generator = torch.Generator().manual_seed(seed)
+    deviations = []
+    for n in _SIZES:
+        a, b = _random_problems(4, n, dtype, generator)
+        b[1, n - 1, n - 1] = -1.0
+        a[2, n - 1, 0] = torch.nan
+        expected = [
+            SolveStatus.CONVERGED,
+            SolveStatus.NOT_POSITIVE_DEFINITE,
+            SolveStatus.NON_FINITE_INPUT,
+            SolveStatus.CONVERGED,
+        ]
+        found = ops.generalized_eigh(a, b, backend=backend)
+        if found.status.tolist() != expected:
+            return math.inf
+        deviations += [_deviation(a[i], b[i], found.eigenvalues[i], found.eigenvectors[i]) for i in (0, 3)]
+    return _largest(*deviations)
+
+
+def _deviation(a: Tensor, b: Tensor, eigenvalues: Tensor, eigenvectors: Tensor) -> float:
+    """Return the relative distance of a solution (n,), (n, n) of one problem from an exact one."""
+    a, b, eigenvalues, eigenvectors = a.double(), b.double(), eigenvalues.double(), eigenvectors.double()
+    exact = reference.generalized_eigh(a, b).eigenvalues
+    scale = exact.abs().max()
+    equation = a @ eigenvectors - b @ eigenvectors * eigenvalues
+    identity = torch.eye(len(eigenvalues), dtype=torch.float64)
+    return _largest(
+        float((eigenvalues - exact).abs().max() / scale),
+        float(equation.abs().max() / scale / (b @ eigenvectors).abs().max()),
+        float((eigenvectors.mT @ b @ eigenvectors - identity).abs().max()),
+    )
+
+
+def _largest(*deviations: float) -> float:
+    """Return the maximum, or NaN if any of them is NaN; the builtin `max` may pass over it."""
+    return float(torch.tensor(deviations, dtype=torch.float64).max())
+
+
+def _check_filter_cores(backend: BackendName, dtype: torch.dtype, seed: int) -> float:
+    """Return the largest relative deviation from the reference, and with weights of one from the cores themselves."""
+    generator = torch.Generator().manual_seed(seed)
+    rows, columns = _SIZES[-2:]
+    q, metric_out = _random_basis(3, rows, dtype, generator)
+    p, metric_in = _random_basis(3, columns, dtype, generator)
+    cores, weights = torch.randn(2, 3, rows, columns, dtype=torch.float64, generator=generator).to(dtype)
+    found = ops.filter_cores(cores, q, metric_out, p, metric_in, weights, backend=backend).double()
+    exact = reference.filter_cores(
+        cores.double(), q.double(), metric_out.double(), p.double(), metric_in.double(), weights.double()
+    )
+    unfiltered = ops.filter_cores(cores, q, metric_out, p, metric_in, torch.ones_like(weights), backend=backend)
+    return _largest(
+        float((found - exact).abs().max() / exact.abs().max()),
+        float((unfiltered - cores).abs().max() / cores.abs().max()),
+    )
+
+
+def _random_basis(batch: int, n: int, dtype: torch.dtype, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Return generalized eigenvectors and the metric in which they are orthonormal, both (batch, n, n)."""
+    a, b = _random_problems(batch, n, dtype, generator)
+    return reference.generalized_eigh(a, b).eigenvectors, b

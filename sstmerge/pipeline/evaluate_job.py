@@ -1,0 +1,118 @@
+"""Evaluating several adapters, or points of a core space, on one base model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+from torch import Tensor, nn
+
+from sstmerge.adapters import Adapter, CoreSpace
+from sstmerge.errors import InputError
+from sstmerge.fisher import Batch, installed_taps
+from sstmerge.pipeline.calibration import CollectionOptions, Progress, batches_of, no_progress
+from sstmerge.pipeline.evaluate import Evaluation, PromptSets, evaluate_model, measured_kl
+
+BASE = "base"
+# Makes a context in which the base model behaves as one of the evaluated models.
+State = Callable[[], AbstractContextManager[Any]]
+
+
+def adapter_state(model: nn.Module, adapter: Adapter | None) -> State:
+    """Return a state in which the model carries an adapter, in the graph and not folded into rounded weights.
+
+    Args:
+        model: The base model.
+        adapter: The adapter; None for the base model itself.
+
+    Returns:
+        A function that makes the context.
+    """
+    space = None if adapter is None else CoreSpace.of([adapter])
+    if adapter is None or space is None:
+        return _Nothing
+    return lambda: installed_taps(model, space, space.core(adapter.name))
+
+
+def core_state(model: nn.Module, space: CoreSpace, core: Tensor) -> State:
+    """Return a state in which the model behaves as a point (D,) of a core space."""
+    return lambda: installed_taps(model, space, core)
+
+
+class _Nothing(AbstractContextManager[None]):
+    """A context that changes nothing."""
+
+    def __exit__(self, *_: object) -> None:
+        return None
+
+
+def evaluate_states(
+    model: nn.Module,
+    tokenizer: Any,
+    states: Mapping[str, State],
+    prompts: PromptSets,
+    *,
+    reference: str | None = None,
+    kl_batches: Sequence[Batch] = (),
+    max_new_tokens: int = 16,
+    utility_new_tokens: int = 40,
+    batch_size: int = 64,
+    progress: Progress = no_progress,
+) -> list[Evaluation]:
+    """Evaluate every state of a model on the same prompts.
+
+    Args:
+        model: The base model.
+        tokenizer: Its tokenizer.
+        states: Contexts by name.
+        prompts: Prompt sets.
+        reference: Name of the state that the KL divergence is taken from; None measures none.
+        kl_batches: Benign sequences the KL is measured on.
+        max_new_tokens: Longest answer to a prompt.
+        utility_new_tokens: Longest answer to a utility task.
+        batch_size: Prompts per generation batch.
+        progress: Progress.
+
+    Returns:
+        One evaluation per state.
+
+    Raises:
+        InputError: If the reference is none of the states.
+    """
+    if reference is not None and reference not in states:
+        raise InputError(f"The reference '{reference}' is none of the evaluated models {list(states)}.")
+    per_model = sum(len(getattr(prompts, name)) for name in PromptSets.__dataclass_fields__)
+    done, total = 0, per_model * len(states)
+
+    def advance(count: int) -> None:
+        nonlocal done
+        done += count
+        progress("answering prompts", done, total)
+
+    evaluations = []
+    for name, state in states.items():
+        kl = None
+        if reference is not None and kl_batches:
+            kl = 0.0 if name == reference else measured_kl(model, kl_batches, states[reference], state)  # type: ignore[arg-type]
+        with state():
+            evaluations.append(
+                evaluate_model(
+                    model,  # type: ignore[arg-type]
+                    tokenizer,
+                    prompts,
+                    name=name,
+                    max_new_tokens=max_new_tokens,
+                    utility_new_tokens=utility_new_tokens,
+                    batch_size=batch_size,
+                    kl_to_reference=kl,
+                    progress=advance,
+                )
+            )
+    return evaluations
+
+
+def answered_batches(model: nn.Module, tokenizer: Any, prompts: PromptSets) -> list[Batch]:
+    """Return batches of the benign (or else borderline) prompts that have responses, for the measured KL."""
+    examples = [e for e in (*prompts.benign, *prompts.borderline) if e.response is not None]
+    return batches_of(model, tokenizer, examples, CollectionOptions()) if examples else []

@@ -1,0 +1,108 @@
+"""Collecting one Fisher into a file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from sstmerge.adapters import CoreSpace, load_adapter
+from sstmerge.errors import InputError
+from sstmerge.fisher import Fisher, KroneckerBasis, collect_fisher, reference_points
+from sstmerge.fisher.structures import parse_structure
+from sstmerge.gevp import KroneckerSpectrum, solve
+from sstmerge.pipeline.calibration import CollectionOptions, Progress, batches_of, complete, load_all, no_progress
+
+
+def collect_file(
+    load: Callable[[], tuple[nn.Module, Any]],
+    adapters: Mapping[str, str],
+    data: Sequence[str | Path],
+    out: str | Path,
+    *,
+    labels: str,
+    options: CollectionOptions,
+    basis: Sequence[str | Path] | None = None,
+    like: str | Path | None = None,
+    split: str | None = None,
+    limit: int | None = None,
+    ignore_base_name: bool = False,
+    progress: Progress = no_progress,
+) -> Fisher:
+    """Collect a Fisher from prompt files and save it.
+
+    Args:
+        load: Loads the model and its tokenizer; called after all cheap checks.
+        adapters: Directories or hub ids by name: all adapters of the later merge.
+        data: Prompt files.
+        out: Fisher file to write.
+        labels: `data` or `sampled`.
+        options: How.
+        basis: For `ekfac`: the kfac Fishers of gain and cost.
+        like: A Fisher file whose space is used.
+        split: Keep rows of this split.
+        limit: Keep the first so many rows of each file.
+        ignore_base_name: Accept adapters whose recorded base models differ by name.
+        progress: Progress.
+
+    Returns:
+        The Fisher, which is saved too.
+
+    Raises:
+        InputError: If an option or input is unusable.
+    """
+    parse_structure(options.structure)
+    if labels not in ("data", "sampled"):
+        raise InputError(f"Unknown labels '{labels}'; expected 'data' or 'sampled'.")
+    loaded = [load_adapter(source, name=name) for name, source in adapters.items()]
+    if like is not None:
+        space = Fisher.load(like, loaded).space
+    else:
+        space = CoreSpace.of(loaded, ignore_base_name=ignore_base_name)
+    kronecker = _basis(basis, space, options)
+    reference_points(options.reference, space)
+    examples = load_all(data, split=split, limit=limit)
+    model, tokenizer = load()
+    if labels == "data" and any(example.response is None for example in examples):
+        raise InputError("labels='data' needs a response in every row; these are what the Fisher measures.")
+    examples = complete(
+        model,
+        tokenizer,
+        examples,
+        space,
+        options.reference,
+        max_new_tokens=options.completion_tokens,
+        progress=progress,
+    )
+    fisher = collect_fisher(
+        model,
+        batches_of(model, tokenizer, examples, options),
+        space,
+        structure=options.structure,
+        labels=labels,
+        reference=options.reference,
+        draws=options.draws if labels == "sampled" else 1,
+        weight_sharing=options.weight_sharing,
+        basis=kronecker,
+        seed=options.seed,
+        metadata={"response_tokens": options.response_tokens},
+        progress=lambda done, total: progress(f"{labels} Fisher ({options.structure})", done, total),
+    )
+    fisher.save(out)
+    return fisher
+
+
+def _basis(
+    files: Sequence[str | Path] | None, space: CoreSpace, options: CollectionOptions
+) -> KroneckerBasis | None:
+    if not files:
+        return None
+    if len(files) != 2:
+        raise InputError(f"An EK-FAC basis comes from two kfac Fishers (gain, then cost), but {len(files)} were given.")
+    gain, cost = (Fisher.load(file, space.adapters).in_space(space) for file in files)
+    spectrum = solve(gain, cost)
+    if not isinstance(spectrum, KroneckerSpectrum):
+        raise InputError(f"An EK-FAC basis comes from kfac Fishers, but these are '{gain.structure}'.")
+    return spectrum.basis

@@ -1,0 +1,78 @@
+"""Looking into a Fisher file, an adapter or a merge report, without a model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from rich.table import Table
+
+from sstmerge.adapters import load_adapter
+from sstmerge.errors import InputError
+from sstmerge.fisher.fisher import read_header
+from sstmerge.pipeline.merge import REPORT_FILE
+
+
+def inspect(path: str | Path) -> list[Table]:
+    """Describe a Fisher file or an adapter directory (with the merge report beside it, if there is one).
+
+    Args:
+        path: The file or directory.
+
+    Returns:
+        Tables to print.
+
+    Raises:
+        InputError: If there is nothing at the path.
+    """
+    location = Path(path)
+    if location.is_file():
+        return [_fisher_table(location)]
+    if location.is_dir():
+        tables = [_adapter_table(location)]
+        report = location / REPORT_FILE
+        return [*tables, _report_table(report)] if report.is_file() else tables
+    raise InputError(f"'{path}' does not exist; give a Fisher file or an adapter directory.")
+
+
+def _fisher_table(path: Path) -> Table:
+    header = read_header(path)
+    counts, metadata = header["counts"], header["metadata"]
+    table = Table(title=f"Fisher {path.name}", show_header=False)
+    table.add_row("structure", header["structure"])
+    for key in ("labels", "reference", "draws", "weight_sharing", "response_tokens", "seed", "model", "data", "versions"):
+        table.add_row(key, str(metadata.get(key)))
+    table.add_row("sequences (even, odd)", " + ".join(f"{value:g}" for value in counts["sequences"]))
+    table.add_row("response tokens (even, odd)", " + ".join(f"{value:g}" for value in counts["tokens"]))
+    for adapter in header["adapters"]:
+        table.add_row(f"adapter {adapter['name']}", adapter["fingerprint"])
+    table.add_row("layers", f"{len(header['layers'])}: {header['layers'][0]} … {header['layers'][-1]}")
+    for name, tensor in sorted(header["tensors"].items()):
+        if not name.startswith(("basis.", "counts.")):
+            table.add_row(name, f"{tensor['dtype'].removeprefix('torch.')} {tensor['shape']}")
+    table.add_row("size", f"{path.stat().st_size / 1e6:,.2f} MB")
+    return table
+
+
+def _adapter_table(path: Path) -> Table:
+    adapter = load_adapter(path)
+    table = Table(title=f"Adapter {path.name}", show_header=False)
+    ranks = sorted({factors.rank for factors in adapter.layers.values()})
+    table.add_row("base model", str(adapter.base_model))
+    table.add_row("layers", str(len(adapter.layers)))
+    table.add_row("modules", ", ".join(sorted({name.rsplit(".", 1)[-1] for name in adapter.layers})))
+    table.add_row("ranks", ", ".join(map(str, ranks)))
+    table.add_row("parameters", f"{adapter.parameter_count:,} {str(adapter.dtype).removeprefix('torch.')}")
+    table.add_row("fingerprint", adapter.fingerprint)
+    return table
+
+
+def _report_table(path: Path) -> Table:
+    report = json.loads(path.read_text())
+    table = Table(title="How it was merged", show_header=False)
+    for key, value in report["merge"].items():
+        if not isinstance(value, dict | list):
+            table.add_row(key, str(value))
+    for key, value in (report["stability"] or {}).items():
+        table.add_row(f"split halves: {key}", f"{value:.4g}")
+    return table

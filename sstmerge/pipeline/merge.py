@@ -1,0 +1,406 @@
+"""The whole job in one call: base model, adapters and prompts in, one merged adapter out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from sstmerge.adapters import Adapter, CoreSpace, adapter_from_model, load_adapter, save_adapter
+from sstmerge.atomic import refuse_existing
+from sstmerge.errors import FisherError, InputError
+from sstmerge.fisher import Fisher
+from sstmerge.gevp import Spectrum, solve
+from sstmerge.merging import Merge, Rule, Selection, merge_cores, parse_rule
+from sstmerge.merging.stability import Stability, split_half_stability
+from sstmerge.pipeline.calibration import (
+    CollectionOptions,
+    Progress,
+    batches_of,
+    collect_pair,
+    complete,
+    load_all,
+    no_progress,
+)
+from sstmerge.pipeline.models import load_model, load_tokenizer
+from sstmerge.pipeline.refit import RefitOptions, refit_cores
+
+REPORT_FILE = "sstmerge_report.json"
+AdapterSource = str | Path | Adapter | nn.Module
+
+
+@dataclass(frozen=True)
+class MergeResult:
+    """What `merge` returns.
+
+    Attributes:
+        adapter: The merged adapter, ready for `sstmerge.save_adapter`.
+        merge: The merged coordinates and their report.
+        gain: F_gain.
+        cost: F_cost.
+        spectrum: The solved pair.
+        stability: Agreement of the split halves; None where it was not asked for.
+    """
+
+    adapter: Adapter
+    merge: Merge
+    gain: Fisher
+    cost: Fisher
+    spectrum: Spectrum
+    stability: Stability | None
+
+    def report(self) -> dict[str, Any]:
+        """Return everything worth keeping beside the adapter, as plain data for JSON."""
+        return {
+            "merge": self.merge.report.to_dict(),
+            "stability": None if self.stability is None else self.stability.to_dict(),
+            "gain": dict(self.gain.metadata),
+            "cost": dict(self.cost.metadata),
+        }
+
+    def save(self, directory: str | Path, *, overwrite: bool = False) -> Path:
+        """Write the adapter as a PEFT directory, with the report beside it.
+
+        Args:
+            directory: Directory to create.
+            overwrite: Replace it if it exists.
+
+        Returns:
+            The directory.
+        """
+        report = json.dumps(self.report(), indent=2) + "\n"
+        return save_adapter(self.adapter, directory, overwrite=overwrite, extra_files={REPORT_FILE: report})
+
+
+@dataclass(frozen=True)
+class Roles:
+    """The adapters of a merge in their space.
+
+    Attributes:
+        space: The core space of all of them.
+        utility: Weighted sum of the utility adapters, shape (D,).
+        safety: The safety adapter, shape (D,).
+        reference: The utility model as a reference expression.
+    """
+
+    space: CoreSpace
+    utility: Tensor
+    safety: Tensor
+    reference: str
+
+
+def merge(
+    base: str | nn.Module,
+    *,
+    utility: AdapterSource | Sequence[AdapterSource] = (),
+    safety: AdapterSource,
+    harm: str | Path | Sequence[str | Path],
+    benign: str | Path | Sequence[str | Path],
+    out: str | Path | None = None,
+    rule: str = "project",
+    scale: float | None = None,
+    selection: Selection = Selection(),  # noqa: B008 (frozen)
+    options: CollectionOptions = CollectionOptions(),  # noqa: B008 (frozen)
+    damping: float | None = None,
+    utility_weights: Sequence[float] | None = None,
+    rank: int | None = None,
+    refit: RefitOptions = RefitOptions(),  # noqa: B008 (frozen)
+    split: str | None = None,
+    limit: int | None = None,
+    tokenizer: Any = None,
+    stability: bool = True,
+    overwrite: bool = False,
+    ignore_base_name: bool = False,
+    progress: Progress = no_progress,
+) -> MergeResult:
+    """Merge a safety adapter into utility adapters by measured effect.
+
+    Args:
+        base: Base model: directory, hub id, or a loaded transformers model (then give its tokenizer).
+        utility: Utility adapters: PEFT directories, hub ids, `Adapter`s or live `PeftModel`s; none means the base model.
+        safety: The safety adapter.
+        harm: Prompt files of harmful requests with refusals.
+        benign: Prompt files of benign requests; rows without a response are answered by the reference model.
+        out: Directory to write the merged PEFT adapter to; None writes nothing.
+        rule: `project`, `wiener`, `joint` or `refit`.
+        scale: Factor of the safety adapter.
+        selection: Which directions are kept.
+        options: How the Fishers are collected; `reference="utility"` is the model with all utility adapters.
+        damping: Relative damping of F_cost; the structure's default where None.
+        utility_weights: One weight per utility adapter; 1 by default.
+        rank: Rank limit of the result; lossless by default.
+        refit: Options of the rule `refit`.
+        split: Use only rows of this split of the prompt files.
+        limit: Use only the first so many rows of each prompt file.
+        tokenizer: Tokenizer; loaded with the base model by default.
+        stability: Also solve the split halves and report how far they agree.
+        overwrite: Replace `out` if it exists.
+        ignore_base_name: Accept adapters whose recorded base models differ by name.
+        progress: Called with what is being done, how much is done, and how much there is.
+
+    Returns:
+        The adapter with its report, Fishers and spectrum.
+
+    Raises:
+        InputError: If an input is unusable; the subclass and the message say which and how to fix it.
+    """
+    if out is not None:
+        refuse_existing(out, overwrite=overwrite)
+    parsed = parse_rule(rule)
+    roles = load_roles(utility, safety, utility_weights, ignore_base_name=ignore_base_name)
+    options = CollectionOptions(**{**vars(options), "reference": expand_reference(options.reference, roles)})
+    harm_examples = load_all(harm, split=split, limit=limit)
+    benign_examples = load_all(benign, split=split, limit=limit)
+    model, tokenizer = _model_and_tokenizer(base, tokenizer)
+    if any(example.response is None for example in harm_examples):
+        raise InputError("Every harmful prompt needs a response, the refusal: F_gain measures what makes it likelier.")
+    benign_examples = complete(
+        model,
+        tokenizer,
+        benign_examples,
+        roles.space,
+        options.reference,
+        max_new_tokens=options.completion_tokens,
+        progress=progress,
+    )
+    harm_batches = batches_of(model, tokenizer, harm_examples, options)
+    benign_batches = batches_of(model, tokenizer, benign_examples, options)
+    gain, cost = collect_pair(model, roles.space, harm_batches, benign_batches, options, progress=progress)
+    spectrum = solve(gain, cost, damping=damping)
+    if parsed is Rule.REFIT:
+        merged = refit_cores(
+            model,
+            spectrum,
+            roles.utility,
+            roles.safety,
+            harm_batches,
+            benign_batches,
+            scale=scale,
+            selection=selection,
+            options=refit,
+            progress=progress,
+        )
+    else:
+        merged = merge_cores(spectrum, roles.utility, roles.safety, rule=parsed, scale=scale, selection=selection)
+    result = finish(roles, merged, spectrum, rank=rank, stability=stability)
+    if out is not None:
+        result.save(out, overwrite=overwrite)
+    return result
+
+
+def merge_from_fishers(
+    gain: str | Path,
+    cost: str | Path,
+    *,
+    utility: AdapterSource | Sequence[AdapterSource] = (),
+    safety: AdapterSource,
+    out: str | Path | None = None,
+    rule: str = "project",
+    scale: float | None = None,
+    selection: Selection = Selection(),  # noqa: B008 (frozen)
+    damping: float | None = None,
+    utility_weights: Sequence[float] | None = None,
+    rank: int | None = None,
+    stability: bool = True,
+    overwrite: bool = False,
+    ignore_base_name: bool = False,
+) -> MergeResult:
+    """Merge with Fishers that were collected before; no model is loaded.
+
+    Args:
+        gain: Fisher file of harmful prompts.
+        cost: Fisher file of benign prompts.
+        utility: Utility adapters, as in `merge`.
+        safety: The safety adapter.
+        out: Directory to write; None writes nothing.
+        rule: `project`, `wiener` or `joint`.
+        scale: Factor of the safety adapter.
+        selection: Which directions are kept.
+        damping: Relative damping.
+        utility_weights: One weight per utility adapter.
+        rank: Rank limit.
+        stability: Also solve the split halves.
+        overwrite: Replace `out`.
+        ignore_base_name: Accept different base model names.
+
+    Returns:
+        The adapter with its report, Fishers and spectrum.
+    """
+    if out is not None:
+        refuse_existing(out, overwrite=overwrite)
+    roles, spectrum = load_solved(
+        gain,
+        cost,
+        utility=utility,
+        safety=safety,
+        damping=damping,
+        utility_weights=utility_weights,
+        ignore_base_name=ignore_base_name,
+    )
+    merged = merge_cores(
+        spectrum, roles.utility, roles.safety, rule=parse_rule(rule), scale=scale, selection=selection
+    )
+    result = finish(roles, merged, spectrum, rank=rank, stability=stability)
+    if out is not None:
+        result.save(out, overwrite=overwrite)
+    return result
+
+
+def load_solved(
+    gain: str | Path,
+    cost: str | Path,
+    *,
+    utility: AdapterSource | Sequence[AdapterSource],
+    safety: AdapterSource,
+    damping: float | None = None,
+    utility_weights: Sequence[float] | None = None,
+    ignore_base_name: bool = False,
+) -> tuple[Roles, Spectrum]:
+    """Load two Fisher files with their adapters and solve them.
+
+    Args:
+        gain: Fisher file of harmful prompts.
+        cost: Fisher file of benign prompts.
+        utility: Utility adapters.
+        safety: The safety adapter.
+        damping: Relative damping.
+        utility_weights: One weight per utility adapter.
+        ignore_base_name: Accept different base model names.
+
+    Returns:
+        The adapters in the Fishers' space, and the spectrum.
+
+    Raises:
+        FisherError: If the two files were collected on different base models.
+    """
+    named = load_named(utility, safety)
+    gain_fisher = Fisher.load(gain, named)
+    cost_fisher = Fisher.load(cost, named)
+    if gain_fisher.metadata.get("model") != cost_fisher.metadata.get("model"):
+        raise FisherError(f"'{gain}' and '{cost}' were collected on different base models; collect one of them again.")
+    space = gain_fisher.space
+    names = [adapter.name for adapter in named]
+    roles = _roles(space, names[:-1], names[-1], utility_weights)
+    return roles, solve(gain_fisher, cost_fisher, damping=damping)
+
+
+def load_roles(
+    utility: AdapterSource | Sequence[AdapterSource],
+    safety: AdapterSource,
+    utility_weights: Sequence[float] | None = None,
+    *,
+    ignore_base_name: bool = False,
+) -> Roles:
+    """Load the adapters of a merge and build their space.
+
+    Args:
+        utility: Utility adapters.
+        safety: The safety adapter.
+        utility_weights: One weight per utility adapter.
+        ignore_base_name: Accept different base model names.
+
+    Returns:
+        The roles.
+    """
+    named = load_named(utility, safety)
+    space = CoreSpace.of(named, ignore_base_name=ignore_base_name)
+    names = [adapter.name for adapter in named]
+    return _roles(space, names[:-1], names[-1], utility_weights)
+
+
+def load_named(utility: AdapterSource | Sequence[AdapterSource], safety: AdapterSource) -> list[Adapter]:
+    """Load adapters under the names of their roles: `utility` (`utility1`, … for several), last `safety`.
+
+    Args:
+        utility: Utility adapters.
+        safety: The safety adapter.
+
+    Returns:
+        The adapters.
+    """
+    single = isinstance(utility, str | Path | Adapter | nn.Module)
+    sources = [utility] if single else list(utility)  # type: ignore[arg-type, list-item]
+    names = ["utility"] if len(sources) == 1 else [f"utility{i + 1}" for i in range(len(sources))]
+    loaded = [_load(source, name) for source, name in zip(sources, names, strict=True)]  # type: ignore[arg-type]
+    return [*loaded, _load(safety, "safety")]
+
+
+def expand_reference(reference: str, roles: Roles) -> str:
+    """Replace the word `utility` in a reference by the weighted sum of all utility adapters.
+
+    Args:
+        reference: A reference, such as `utility` or `path:utility:utility+safety:3`.
+        roles: The adapters.
+
+    Returns:
+        The reference in terms of adapter names.
+    """
+    names = {adapter.name for adapter in roles.space.adapters}
+    if "utility" in names and roles.reference == "utility":
+        return reference
+    parts = reference.split(":")
+    expanded = ["+".join(roles.reference if t.strip() == "utility" else t for t in p.split("+")) for p in parts]
+    return ":".join(expanded)
+
+
+def finish(
+    roles: Roles, merged: Merge, spectrum: Spectrum, *, rank: int | None = None, stability: bool = True
+) -> MergeResult:
+    """Write merged coordinates back as an adapter, and gather what belongs to it.
+
+    Args:
+        roles: The adapters.
+        merged: The merged coordinates.
+        spectrum: The solved pair.
+        rank: Rank limit.
+        stability: Also solve the split halves.
+
+    Returns:
+        The result.
+    """
+    adapter = roles.space.to_adapter(merged.core, name="merged", rank=rank)
+    agreement = None
+    if stability:
+        agreement = split_half_stability(
+            spectrum.gain,
+            spectrum.cost,
+            roles.safety,
+            directions=merged.report.directions,
+            damping=spectrum.damping,
+        )
+    return MergeResult(adapter, merged, spectrum.gain, spectrum.cost, spectrum, agreement)
+
+
+def _roles(space: CoreSpace, utilities: Sequence[str], safety: str, weights: Sequence[float] | None) -> Roles:
+    weights = [1.0] * len(utilities) if weights is None else list(weights)
+    if len(weights) != len(utilities):
+        raise InputError(f"Expected one weight per utility adapter ({len(utilities)}), but got {len(weights)}.")
+    total = space.zero()
+    for weight, name in zip(weights, utilities, strict=True):
+        total += weight * space.core(name)
+    terms = [n if w == 1.0 else f"{w!r}*{n}" for w, n in zip(weights, utilities, strict=True)]
+    return Roles(space, total, space.core(safety), "+".join(terms) or "base")
+
+
+def _load(source: AdapterSource, name: str) -> Adapter:
+    if isinstance(source, nn.Module):
+        loaded = adapter_from_model(source)
+    elif isinstance(source, Adapter):
+        source.validate()
+        loaded = source
+    else:
+        loaded = load_adapter(source, name=name)
+    fields: Mapping[str, Any] = {f: getattr(loaded, f) for f in Adapter.__dataclass_fields__}
+    return Adapter(**{**fields, "name": name})
+
+
+def _model_and_tokenizer(base: str | nn.Module, tokenizer: Any) -> tuple[nn.Module, Any]:
+    if isinstance(base, nn.Module):
+        if tokenizer is None:
+            raise InputError("A loaded model was given without its tokenizer; pass tokenizer=.")
+        return base, tokenizer
+    return load_model(base), tokenizer or load_tokenizer(base)

@@ -1,0 +1,104 @@
+"""Loading base models and tokenizers through transformers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from sstmerge.errors import InputError
+
+DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+QUANTIZATIONS = ("4bit", "8bit")
+
+
+def load_model(
+    base: str,
+    *,
+    dtype: str = "auto",
+    device: str | None = None,
+    quantization: str | None = None,
+    revision: str | None = None,
+) -> nn.Module:
+    """Load a causal language model for evaluation.
+
+    Args:
+        base: Local directory or hub id.
+        dtype: `auto` (that of the checkpoint), `float32`, `bfloat16` or `float16`.
+        device: Such as `cpu`, `cuda:1`, or `auto` to spread over all GPUs; a GPU if there is one by default.
+        quantization: `4bit` or `8bit` (bitsandbytes), or None.
+        revision: Hub revision.
+
+    Returns:
+        The model, in evaluation mode.
+
+    Raises:
+        InputError: If an option is unknown, or the model cannot be loaded.
+    """
+    if dtype not in DTYPES:
+        raise InputError(f"Unknown dtype '{dtype}'; expected one of {sorted(DTYPES)}.")
+    if quantization is not None and quantization not in QUANTIZATIONS:
+        raise InputError(f"Unknown quantization '{quantization}'; expected one of {list(QUANTIZATIONS)}.")
+    from transformers import AutoModelForCausalLM
+
+    options: dict[str, Any] = {"dtype": DTYPES[dtype], "revision": revision, "device_map": device or default_device()}
+    if quantization is not None:
+        from transformers import BitsAndBytesConfig
+
+        options["quantization_config"] = BitsAndBytesConfig(**{f"load_in_{quantization}": True})
+    try:
+        model = AutoModelForCausalLM.from_pretrained(base, **options)
+    except (OSError, ValueError, ImportError) as error:
+        raise InputError(f"The base model '{base}' cannot be loaded: {error}") from error
+    return model.eval()  # type: ignore[no-any-return]
+
+
+def load_tokenizer(base: str, *, revision: str | None = None) -> Any:
+    """Load the tokenizer of a model.
+
+    Args:
+        base: Local directory or hub id.
+        revision: Hub revision.
+
+    Returns:
+        The tokenizer.
+
+    Raises:
+        InputError: If it cannot be loaded.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(base, revision=revision)
+    except (OSError, ValueError, ImportError) as error:
+        raise InputError(f"The tokenizer of '{base}' cannot be loaded: {error}") from error
+
+
+def default_device() -> str:
+    """Return `cuda` where there is a GPU, and `cpu` elsewhere."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def parameter_count(base: str, *, revision: str | None = None) -> int:
+    """Return the number of parameters of a model without loading its weights.
+
+    Args:
+        base: Local directory or hub id.
+        revision: Hub revision.
+
+    Returns:
+        The number.
+
+    Raises:
+        InputError: If its configuration cannot be read.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(base, revision=revision)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except (OSError, ValueError, ImportError) as error:
+        raise InputError(f"The configuration of '{base}' cannot be read: {error}") from error
+    return sum(parameter.numel() for parameter in model.parameters())

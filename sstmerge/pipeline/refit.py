@@ -1,0 +1,150 @@
+"""The rule `refit`: learn the coefficients again inside the selected subspace, bounded by measured KL.
+
+From the projected safety adapter z₀, natural-gradient steps maximise the refusals' log-likelihood L(z) − ½ μ ‖z − z₀‖² in
+the metric F_gain + μ F_cost. With F_cost the identity in these coordinates, a step is (Vᵀ∇L − μ (z − z₀)) / (λ + μ).
+The quadratic model says nothing far from the reference (a prototype broke its model at a predicted KL of 0.02), so a step
+is halved until the *measured* KL to the utility model on benign data stays within the limit and the refusals do become
+likelier.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from torch import Tensor, nn
+
+from sstmerge.errors import InputError
+from sstmerge.fisher import Batch, collect_fisher, installed_taps
+from sstmerge.gevp import Spectrum
+from sstmerge.merging import Merge, Rule, Selection, merge_cores
+from sstmerge.merging.sst import report
+from sstmerge.pipeline.calibration import Progress, no_progress
+from sstmerge.pipeline.evaluate import mean_log_likelihood, measured_kl
+
+
+@dataclass(frozen=True)
+class RefitOptions:
+    """Options of the rule `refit`.
+
+    Attributes:
+        steps: Largest number of steps.
+        mu: Weight μ of the pull back to the adapter, in units of λ.
+        kl_limit: Largest measured KL to the utility model, nats per benign response token; by default that of the
+            projected adapter the steps start from.
+        halvings: How often a step is halved before refitting stops.
+    """
+
+    steps: int = 4
+    mu: float = 1.0
+    kl_limit: float | None = None
+    halvings: int = 4
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.halvings < 0 or not self.mu > 0:
+            raise InputError("refit needs steps >= 1, halvings >= 0 and mu > 0.")
+        if self.kl_limit is not None and not self.kl_limit > 0:
+            raise InputError(f"kl_limit must be a positive number of nats per token, but is {self.kl_limit}.")
+
+
+def refit_cores(
+    model: nn.Module,
+    spectrum: Spectrum,
+    utility: Tensor,
+    safety: Tensor,
+    harm: Sequence[Batch],
+    benign: Sequence[Batch],
+    *,
+    scale: float | None = None,
+    selection: Selection = Selection(),  # noqa: B008 (frozen)
+    options: RefitOptions = RefitOptions(),  # noqa: B008 (frozen)
+    progress: Progress = no_progress,
+) -> Merge:
+    """Project the safety adapter, then learn its coefficients again.
+
+    Args:
+        model: The base model.
+        spectrum: The solved pair of Fishers.
+        utility: φ_u, shape (D,).
+        safety: φ_s, shape (D,).
+        harm: Harmful prompts with refusals.
+        benign: Benign prompts with responses.
+        scale: Scale of the projected adapter that is the start.
+        selection: Directions of the subspace.
+        options: Steps and limits.
+        progress: Called after every trial.
+
+    Returns:
+        The merged point; its report has one warning if no step was accepted.
+    """
+    start = merge_cores(spectrum, utility, safety, rule=Rule.PROJECT, scale=scale, selection=selection)
+    origin = spectrum.coordinates(start.core - utility)
+    mask = (origin != 0).double()
+    trials = options.steps * (options.halvings + 1)
+    search = _Search(model, spectrum, utility, harm, benign)
+    limit = search.measured_kl(start.core) if options.kl_limit is None else options.kl_limit
+    point, best = origin, search.log_likelihood(start.core)
+    accepted = done = 0
+    for _ in range(options.steps):
+        core = utility + spectrum.combine(point)
+        gradient = spectrum.pull_back(search.gradient(core))
+        step = mask * (gradient - options.mu * (point - origin)) / (spectrum.eigenvalues + options.mu)
+        moved = False
+        for halving in range(options.halvings + 1):
+            trial = point + 0.5**halving * step
+            done += 1
+            progress("refit", done, trials)
+            core = utility + spectrum.combine(trial)
+            # The KL limit holds with a little slack, so that a start on the limit may move along it.
+            if search.measured_kl(core) > 1.001 * limit:
+                continue
+            likelihood = search.log_likelihood(core)
+            if likelihood > best:
+                point, best, moved = trial, likelihood, True
+                accepted += 1
+                break
+        if not moved:
+            break
+    progress("refit", trials, trials)
+    change = spectrum.combine(point) if accepted else start.core - utility
+    summary = report(
+        spectrum, safety, change, mask, Rule.REFIT, 1.0 if start.report.scale is None else start.report.scale, options.mu
+    )
+    if not accepted:
+        sentence = "No refit step stayed within the measured KL limit and raised the refusals' likelihood."
+        summary = replace(summary, warnings=(*summary.warnings, sentence))
+    return Merge(utility + change, summary)
+
+
+class _Search:
+    """What refitting asks the model."""
+
+    def __init__(
+        self, model: nn.Module, spectrum: Spectrum, utility: Tensor, harm: Sequence[Batch], benign: Sequence[Batch]
+    ) -> None:
+        self.model = model
+        self.space = spectrum.space
+        self.utility = utility
+        self.harm = harm
+        self.benign = benign
+
+    def gradient(self, core: Tensor) -> Tensor:
+        """Return ∇ of the refusals' log-likelihood per response token, shape (D,)."""
+        fisher = collect_fisher(
+            self.model, self.harm, self.space, structure="diagonal", labels="data", reference=core
+        )
+        return fisher.mean_score()
+
+    def log_likelihood(self, core: Tensor) -> float:
+        """Return the refusals' log-likelihood in nats per response token."""
+        with installed_taps(self.model, self.space, core):
+            return mean_log_likelihood(self.model, self.harm)  # type: ignore[arg-type]
+
+    def measured_kl(self, core: Tensor) -> float:
+        """Return KL(utility model ‖ merged model) in nats per benign response token."""
+        return measured_kl(
+            self.model,  # type: ignore[arg-type]
+            self.benign,
+            lambda: installed_taps(self.model, self.space, self.utility),
+            lambda: installed_taps(self.model, self.space, core),
+        )
