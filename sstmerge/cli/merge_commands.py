@@ -14,7 +14,9 @@ Base = Annotated[str | None, typer.Option("--base", help="Base model: directory 
 Dtype = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")]
 Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda:0, auto, …; a GPU if there is one.")]
 Quantization = Annotated[str | None, typer.Option("--quantization", help="4bit or 8bit (bitsandbytes).")]
-Utility = Annotated[list[str] | None, typer.Option("--utility", help="Utility adapter: directory or hub id; repeatable.")]
+Utility = Annotated[
+    list[str] | None, typer.Option("--utility", help="Utility adapter: directory or hub id; repeatable.")
+]
 UtilityWeight = Annotated[
     list[float] | None, typer.Option("--utility-weight", help="Weight of each utility adapter, in order.")
 ]
@@ -32,7 +34,9 @@ Draws = Annotated[int, typer.Option("--draws", help="Draws of sampled labels per
 Seed = Annotated[int, typer.Option("--seed", help="Seed of the sampled labels.")]
 Split = Annotated[str | None, typer.Option("--split", help="Use only rows of this split of the prompt files.")]
 Limit = Annotated[int | None, typer.Option("--limit", help="Use only the first N rows of each prompt file.")]
-Damping = Annotated[float | None, typer.Option("--damping", help="Relative damping of F_cost; the structure's default.")]
+Damping = Annotated[
+    float | None, typer.Option("--damping", help="Relative damping of F_cost; the structure's default.")
+]
 Rule = Annotated[str, typer.Option("--rule", help="project, wiener, joint or refit.")]
 Scale = Annotated[float | None, typer.Option("--scale", help="Factor of the safety adapter; 1 by default.")]
 Top = Annotated[int | None, typer.Option("--top", help="Keep the K directions of largest λ.")]
@@ -165,11 +169,10 @@ def fisher(
     reference: Annotated[str, typer.Option("--reference", help="NAME, base, A+0.5*B or path:A:B:n.")] = "base",
     structure: Structure = "global",
     basis: Annotated[
-        list[Path] | None, typer.Option("--basis", help="Two kfac Fishers (gain, cost) whose eigenbasis ekfac refits in.")
+        list[Path] | None,
+        typer.Option("--basis", help="Two kfac Fishers (gain, cost) whose eigenbasis ekfac refits in."),
     ] = None,
-    like: Annotated[
-        Path | None, typer.Option("--like", help="Collect in the very space of this Fisher file.")
-    ] = None,
+    like: Annotated[Path | None, typer.Option("--like", help="Collect in the very space of this Fisher file.")] = None,
     response_tokens: ResponseTokens = None,
     max_length: MaxLength = None,
     tokens_per_batch: TokensPerBatch = 1024,
@@ -236,7 +239,9 @@ def curve(
     out: Annotated[Path, typer.Option("--out", help="Directory for curve.csv, curve.png and the adapters.")],
     utility: Utility = None,
     utility_weight: UtilityWeight = None,
-    budgets: Annotated[str | None, typer.Option("--budgets", help="Comma-separated benign KLs, nats per token.")] = None,
+    budgets: Annotated[
+        str | None, typer.Option("--budgets", help="Comma-separated benign KLs, nats per token.")
+    ] = None,
     scales: Annotated[str | None, typer.Option("--scales", help="Comma-separated scales.")] = None,
     rule: Rule = "project",
     top: Top = None,
@@ -245,7 +250,9 @@ def curve(
     mu: Mu = None,
     rank: Rank = None,
     damping: Damping = None,
-    write_adapters: Annotated[bool, typer.Option("--write-adapters", help="Write every point as an adapter too.")] = False,
+    write_adapters: Annotated[
+        bool, typer.Option("--write-adapters", help="Write every point as an adapter too.")
+    ] = False,
     ignore_base_name: IgnoreBaseName = False,
     overwrite: Overwrite = False,
     config: ConfigOption = None,

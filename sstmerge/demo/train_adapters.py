@@ -120,7 +120,8 @@ def train_adapter(model_directory: Path, recipe: Recipe, out: Path, *, seed: int
     refuse_existing(out / recipe.name, overwrite=overwrite)
     tokenizer = AutoTokenizer.from_pretrained(model_directory)
     encoded = encode(training_examples(recipe, seed), tokenizer, max_length=MAX_LENGTH)
-    base = AutoModelForCausalLM.from_pretrained(model_directory, dtype=torch.bfloat16)
+    # On a CPU the backward pass of the fused bfloat16 attention alone costs a fifth of a step.
+    base = AutoModelForCausalLM.from_pretrained(model_directory, dtype=torch.bfloat16, attn_implementation="eager")
     torch.manual_seed(seed)
     config = LoraConfig(
         r=recipe.rank,

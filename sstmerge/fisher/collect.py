@@ -187,7 +187,9 @@ class _BatchScores:
         self.taps.clear()
         return taken
 
-    def _accumulate(self, records: dict[Tap, list[tuple[Tensor, Tensor]]], accumulator: Accumulator, scale: float) -> None:
+    def _accumulate(
+        self, records: dict[Tap, list[tuple[Tensor, Tensor]]], accumulator: Accumulator, scale: float
+    ) -> None:
         for i, group in enumerate(self.taps.groups):
             scores = self._group_scores([self._sequences(tap, records[tap]) for tap in group], scale, accumulator)
             accumulator.update(i, scores, self.root_weight.to(scores.gamma.device))
@@ -270,7 +272,11 @@ def data_fingerprint(batches: Sequence[Batch]) -> str:
     for batch in batches:
         for i, index in enumerate(batch.index.tolist()):
             length = int(batch.attention_mask[i].sum())
-            content = (batch.input_ids[i, :length].tolist(), batch.loss_mask[i, :length].tolist(), float(batch.weight[i]))
+            content = (
+                batch.input_ids[i, :length].tolist(),
+                batch.loss_mask[i, :length].tolist(),
+                float(batch.weight[i]),
+            )
             rows[index] = repr(content)
     return hashlib.sha256("\n".join(rows[i] for i in sorted(rows)).encode()).hexdigest()
 
@@ -288,7 +294,9 @@ def _check_options(
     if labels not in ("data", "sampled"):
         raise InputError(f"Unknown labels '{labels}'; expected 'data' or 'sampled'.")
     if draws < 1 or (draws > 1 and labels == "data"):
-        raise InputError(f"draws={draws} with labels='{labels}': expected at least 1, and more only for sampled labels.")
+        raise InputError(
+            f"draws={draws} with labels='{labels}': expected at least 1, and more only for sampled labels."
+        )
     if (structure is Structure.EKFAC) != (basis is not None):
         raise InputError(
             "structure='ekfac' refits eigenvalues in a Kronecker basis and needs one (solve a pair of kfac Fishers "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -153,7 +154,7 @@ class Fisher:
         """
         if self.structure is not Structure.GLOBAL:
             raise FisherError(f"A '{self.structure}' Fisher keeps no single scores.")
-        return self.statistics["scores"] / self.tokens**0.5
+        return self.statistics["scores"] / math.sqrt(self.tokens)
 
     def quadratic(self, vector: Tensor) -> float:
         """Return vᵀ F v per response token; half of it is the KL divergence, in nats, that a small step v causes.

@@ -30,7 +30,9 @@ def reference_points(reference: str, space: CoreSpace) -> list[Tensor]:
         return [_weighted_sum(reference, space)]
     parts = reference.split(":")
     if len(parts) != 4 or not parts[3].isdigit() or int(parts[3]) < 1:
-        raise InputError(f"The reference '{reference}' must have the form path:A:B:n with n >= 1, such as path:u:u+s:3.")
+        raise InputError(
+            f"The reference '{reference}' must have the form path:A:B:n with n >= 1, such as path:u:u+s:3."
+        )
     start, end, count = _weighted_sum(parts[1], space), _weighted_sum(parts[2], space), int(parts[3])
     return [start + (i + 0.5) / count * (end - start) for i in range(count)]
 

@@ -45,6 +45,7 @@ class Tap:
         self.backward_map: Tensor | None = None  # C Vᵀ (R_o, d_in)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+        """Be the forward hook of the layer: return its output with the reference adapters added."""
         x = args[0] if args else next(iter(kwargs.values()))
         if x.shape[-1] != self.V.shape[0] or output.shape[-1] != self.U.shape[0]:
             raise AdapterError(

@@ -217,7 +217,7 @@ class GlobalSpectrum(Spectrum):
     def __init__(self, gain: Fisher, cost: Fisher, damping: float) -> None:
         G_g, G_c = gain.scores(), cost.scores()
         K_cc, K_cg, K_gg = _gram(G_c, G_c), _gram(G_c, G_g), _gram(G_g, G_g)
-        shift = damping * float(K_cc.trace()) / len(K_cc)
+        shift: float = damping * float(K_cc.trace()) / len(K_cc)
         if not shift > 0:
             raise SolverError(
                 "The global cost matrix is zero or its damping is: F_cost has rank n at most, so it needs damping > 0 "
@@ -245,17 +245,20 @@ class GlobalSpectrum(Spectrum):
 
     def coordinates(self, vector: Tensor) -> Tensor:  # noqa: D102 (inherited)
         # v_iᵀ M φ = a_iᵀ G_g φ / √λ_i, because M v_i = G_gᵀ a_i / √λ_i.
-        return self._gain_coefficients.mT @ _product(self._G_g, vector)
+        coordinates: Tensor = self._gain_coefficients.mT @ _product(self._G_g, vector)
+        return coordinates
 
     def combine(self, coordinates: Tensor) -> Tensor:  # noqa: D102 (inherited)
         gain = _transposed_product(self._G_g, self._gain_coefficients @ coordinates)
         cost = _transposed_product(self._G_c, self._cost_coefficients @ coordinates)
-        return (gain + cost) / self._shift
+        combined: Tensor = (gain + cost) / self._shift
+        return combined
 
     def pull_back(self, gradient: Tensor) -> Tensor:  # noqa: D102 (inherited)
         gain = self._gain_coefficients.mT @ _product(self._G_g, gradient)
         cost = self._cost_coefficients.mT @ _product(self._G_c, gradient)
-        return (gain + cost) / self._shift
+        slopes: Tensor = (gain + cost) / self._shift
+        return slopes
 
 
 _SPECTRA: dict[Structure, type[Spectrum]] = {
@@ -294,7 +297,7 @@ def solve(gain: Fisher, cost: Fisher, *, damping: float | None = None) -> Spectr
     damping = DEFAULT_DAMPING[gain.structure] if damping is None else damping
     if not 0.0 <= damping < float("inf"):
         raise InputError(f"damping must be a finite number >= 0, but is {damping}.")
-    return _SPECTRA[gain.structure](gain, cost, damping)  # type: ignore[call-arg, arg-type]
+    return _SPECTRA[gain.structure](gain, cost, damping)  # type: ignore[call-arg]
 
 
 def _damp(matrices: Tensor, damping: float, names: Sequence[str], what: str) -> Tensor:

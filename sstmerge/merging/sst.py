@@ -213,11 +213,15 @@ def _check_options(rule: Rule, scale: float | None, selection: Selection) -> Non
     if rule is Rule.REFIT:
         raise InputError("The rule 'refit' evaluates the model; use sstmerge.merge or sstmerge.pipeline.refit.")
     if rule is Rule.PROJECT and selection.mu is not None:
-        raise InputError("mu belongs to the rules 'wiener' and 'joint'; 'project' takes top, fraction, energy or budget.")
+        raise InputError(
+            "mu belongs to the rules 'wiener' and 'joint'; 'project' takes top, fraction, energy or budget."
+        )
     if rule in (Rule.WIENER, Rule.JOINT) and selection.mu is None and selection.budget is None:
         raise InputError(f"The rule '{rule}' needs mu (the λ at which half of a direction is kept) or a budget.")
     if scale is not None and selection.budget is not None and _directions_given(rule, selection):
-        raise InputError("The directions are chosen already, so the budget sets the scale; give either scale or budget.")
+        raise InputError(
+            "The directions are chosen already, so the budget sets the scale; give either scale or budget."
+        )
 
 
 def _directions_given(rule: Rule, selection: Selection) -> bool:
@@ -247,7 +251,7 @@ def _scale_for(spectrum: Spectrum, change: Tensor, budget: float) -> float:
     cost = 0.5 * spectrum.cost.quadratic(change)
     if not cost > 0:
         raise InputError("The selected directions have no cost on the benign data, so a budget cannot set their scale.")
-    return float(budget / cost) ** 0.5
+    return math.sqrt(budget / cost)
 
 
 def _within_budget(spectrum: Spectrum, source: Tensor, scale: float, budget: float) -> Tensor:
@@ -302,7 +306,9 @@ def _bisect(spent: Callable[[float], float], low: float, high: float, budget: fl
 def _warnings(spectrum: Spectrum, scale: float, effective: tuple[float, float]) -> list[str]:
     sentences = []
     if scale > 1.5:
-        sentences.append(f"The scale is {scale:.2f}: far beyond the adapter as trained, the quadratic model is a guess.")
+        sentences.append(
+            f"The scale is {scale:.2f}: far beyond the adapter as trained, the quadratic model is a guess."
+        )
     for role, sequences in zip(("harm", "benign"), effective, strict=True):
         if sequences < 32:
             sentences.append(

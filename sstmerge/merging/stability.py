@@ -63,7 +63,10 @@ def split_half_stability(
     whole = solve(gain, cost, damping=damping)
     orthonormal = [_orthonormal(whole, basis) for basis in bases]
     overlap = float((orthonormal[0] @ orthonormal[1].mT).square().sum()) / count
-    changes = [basis.mT @ spectrum.coordinates(safety)[_top(spectrum, count)] for spectrum, basis in zip(spectra, bases, strict=True)]
+    changes = [
+        basis.mT @ spectrum.coordinates(safety)[_top(spectrum, count)]
+        for spectrum, basis in zip(spectra, bases, strict=True)
+    ]
     held_out_gain = [_share(halves[1 - h][0], changes[h], safety) for h in (0, 1)]
     held_out_cost = [_share(halves[1 - h][1], changes[h], safety) for h in (0, 1)]
     in_sample = [_share(halves[h][0], changes[h], safety) for h in (0, 1)]
@@ -98,7 +101,8 @@ def _orthonormal(spectrum: Spectrum, vectors: Tensor) -> Tensor:
     to express vectors in.
     """
     rows = torch.stack([spectrum.coordinates(v) for v in vectors]) if spectrum.complete else vectors
-    return torch.linalg.qr(rows.mT).Q.mT
+    basis: Tensor = torch.linalg.qr(rows.mT).Q.mT
+    return basis
 
 
 def _share(fisher: Fisher, change: Tensor, safety: Tensor) -> float:

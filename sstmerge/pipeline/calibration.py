@@ -110,7 +110,7 @@ def complete(
         progress("answering benign prompts without a response", done, len(missing))
 
     with installed_taps(model, space, reference_points(reference, space)[0]):
-        answers = generate(model, tokenizer, missing, max_new_tokens=max_new_tokens, progress=advance)  # type: ignore[arg-type]
+        answers = generate(model, tokenizer, missing, max_new_tokens=max_new_tokens, progress=advance)
     return with_responses(examples, answers)
 
 
@@ -147,6 +147,9 @@ def collect_pair(
 
     Returns:
         F_gain and F_cost.
+
+    Raises:
+        InputError: If an option is unusable.
     """
     basis = None
     if options.structure == "ekfac":

@@ -94,11 +94,11 @@ def evaluate_states(
     for name, state in states.items():
         kl = None
         if reference is not None and kl_batches:
-            kl = 0.0 if name == reference else measured_kl(model, kl_batches, states[reference], state)  # type: ignore[arg-type]
+            kl = 0.0 if name == reference else measured_kl(model, kl_batches, states[reference], state)
         with state():
             evaluations.append(
                 evaluate_model(
-                    model,  # type: ignore[arg-type]
+                    model,
                     tokenizer,
                     prompts,
                     name=name,

