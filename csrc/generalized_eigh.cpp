@@ -35,16 +35,15 @@ struct Scratch {
     std::vector<int> integer_work;
 };
 
-// Copies the lower triangle to where LAPACK, counting by columns, sees an upper one. False if not all is finite.
+// Copies the lower triangle, from rows to LAPACK's columns. False if not all of it is finite.
 template <typename Scalar>
 bool copy_triangle(const MatrixBatch<const Scalar>& source, std::int64_t problem, int n, std::vector<Scalar>& target) {
     bool finite = true;
     for (int i = 0; i < n; ++i) {
         const Scalar* row = source.row(problem, i);
-        Scalar* column = target.data() + static_cast<std::size_t>(i) * n;
         for (int j = 0; j <= i; ++j) {
             finite &= std::isfinite(row[j]);
-            column[j] = row[j];
+            target[static_cast<std::size_t>(j) * n + i] = row[j];
         }
     }
     return finite;
@@ -55,8 +54,10 @@ SolveStatus solve(SygvdFunction<Scalar> sygvd, Scratch<Scalar>& scratch, Scalar*
     int itype = 1, info = 0;
     int work_size = static_cast<int>(scratch.work.size());
     int integer_work_size = static_cast<int>(scratch.integer_work.size());
-    char vectors = 'V', upper = 'U';
-    sygvd(&itype, &vectors, &upper, &n, scratch.a.data(), &n, scratch.b.data(), &n, eigenvalues, scratch.work.data(),
+    // The same bits transposed would do as an upper triangle without the transposition, but OpenBLAS is slower on
+    // those.
+    char vectors = 'V', lower = 'L';
+    sygvd(&itype, &vectors, &lower, &n, scratch.a.data(), &n, scratch.b.data(), &n, eigenvalues, scratch.work.data(),
           &work_size, scratch.integer_work.data(), &integer_work_size, &info);
     if (info > n) return SolveStatus::kNotPositiveDefinite;
     // Finite input may still overflow on the way (a tiny B under a large A): that is no solution either.
