@@ -1,9 +1,10 @@
 """Batched generalized eigenproblems: ours, a loop over scipy, and torch, on the same problems in one run.
 
-    pytest benchmarks/generalized_eigh.py --benchmark-group-by=group --benchmark-columns=min,median,rounds
+    OPENBLAS_NUM_THREADS=1 pytest benchmarks/generalized_eigh.py --benchmark-group-by=group --benchmark-columns=min,median
 
 Every timed call's result is checked against scipy in float64 afterwards. Compare within one run only: the ratios are
-the result, and the number of threads is part of the name (set it with OMP_NUM_THREADS).
+the result, and the number of threads is part of the name (set it with OMP_NUM_THREADS). OPENBLAS_NUM_THREADS=1 is the
+fair setting for scipy: with more, its threads wait for each other inside every small problem.
 """
 
 from __future__ import annotations

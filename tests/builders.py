@@ -211,7 +211,8 @@ def dense_fisher(fisher: Fisher) -> Tensor:
 
 def relative_error(value: Tensor, expected: Tensor) -> float:
     """Return the largest deviation in units of the largest expected entry."""
-    return float((value.double() - expected.double()).abs().max() / expected.double().abs().max().clamp_min(1e-300))
+    value, expected = value.detach().double(), expected.detach().double()
+    return float((value - expected).abs().max() / expected.abs().max().clamp_min(1e-300))
 
 
 @contextmanager

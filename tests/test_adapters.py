@@ -62,6 +62,7 @@ def test_directory_of_peft(pico_llama, tmp_path, variant):
     assert set(adapter.layers) == set(expected)
     for path, delta in adapter_deltas(adapter).items():
         assert relative_error(delta, expected[path]) < 1e-6, path
+    assert adapter.dtype == torch.float32
     live = adapter_from_model(wrapped)
     assert live.fingerprint == adapter.fingerprint
     assert live.config == adapter.config
@@ -190,7 +191,7 @@ def test_missing_factor(directory):
 
 def test_rank_other_than_configured(directory):
     edit_config(directory, r=8)
-    with pytest.raises(AdapterError, match=r"q_proj.lora_A.weight' of adapter 'bad' has shape \(4, 32\).*rank 8"):
+    with pytest.raises(AdapterError, match=r"down_proj.lora_A.weight' of adapter 'bad' has shape \(4, 48\).*rank 8"):
         load_adapter(directory)
 
 

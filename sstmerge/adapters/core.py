@@ -268,15 +268,24 @@ class CoreSpace:
             AdapterError: If an adapter is missing or has other contents.
         """
         recorded = json.loads(description)
-        by_fingerprint = {adapter.fingerprint: adapter for adapter in adapters}
-        missing = [entry["name"] for entry in recorded["adapters"] if entry["fingerprint"] not in by_fingerprint]
+        # Lists, because two adapters may have the same content; each is used once, in the order given.
+        by_fingerprint: dict[str, list[Adapter]] = {}
+        for adapter in adapters:
+            by_fingerprint.setdefault(adapter.fingerprint, []).append(adapter)
+        ordered: list[Adapter] = []
+        missing: list[str] = []
+        for entry in recorded["adapters"]:
+            candidates = by_fingerprint.get(entry["fingerprint"])
+            if candidates:
+                ordered.append(candidates.pop(0))
+            else:
+                missing.append(entry["name"])
         if missing or len(adapters) != len(recorded["adapters"]):
             raise AdapterError(
                 f"The statistics were collected for the adapters {[e['name'] for e in recorded['adapters']]}, and "
                 f"{missing or 'none of them'} is missing or different among those given "
                 f"({[a.name for a in adapters]}). Give the same adapter files, or collect the statistics anew."
             )
-        ordered = [by_fingerprint[entry["fingerprint"]] for entry in recorded["adapters"]]
         groups = []
         for i, entry in enumerate(recorded["groups"]):
             members = tuple((int(index), int(rank)) for index, rank in entry["members"])

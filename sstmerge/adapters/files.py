@@ -26,6 +26,9 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 _KEY = re.compile(r"^base_model\.model\.(?P<path>.+)\.lora_(?P<factor>[AB])\.weight$")
 _PASSED_ON = ("task_type", "target_modules", "fan_in_fan_out")
+# With one of these, target_modules alone would name more layers than were adapted.
+_NARROWING = ("layers_to_transform", "exclude_modules")
+_BASE_COPY = ".base_layer.weight"
 # PEFT re-derives the base weights when it loads these, so that B A alone is not the weight change.
 _BASE_CHANGING_INITS = ("pissa", "olora", "corda", "lora_ga")
 
@@ -54,7 +57,7 @@ def load_adapter(source: str | Path, *, name: str | None = None, revision: str |
         name=name,
         layers=layers,
         base_model=config.get("base_model_name_or_path") or None,
-        config={key: config[key] for key in _PASSED_ON if config.get(key) is not None},
+        config=_passed_on(config),
         source=str(source),
     )
     adapter.validate()
@@ -85,6 +88,11 @@ def adapter_from_model(model: nn.Module, adapter_name: str = "default") -> Adapt
     config = {key: value.value if hasattr(value, "value") else value for key, value in config.items()}
     layers: dict[str, LoraFactors] = {}
     for path, module in model.get_base_model().named_modules():
+        if isinstance(module, LoraLayer) and adapter_name in module.lora_embedding_A:
+            raise AdapterError(
+                f"Adapter '{adapter_name}' adapts the embedding '{path}'; sstmerge merges linear layers only: retrain "
+                "without this module in target_modules."
+            )
         if isinstance(module, LoraLayer) and adapter_name in module.lora_A:
             layers[path] = LoraFactors(
                 A=module.lora_A[adapter_name].weight.detach().cpu().clone(),
@@ -92,17 +100,25 @@ def adapter_from_model(model: nn.Module, adapter_name: str = "default") -> Adapt
                 scaling=float(module.scaling[adapter_name]),
             )
     _refuse_unsupported(config, {}, adapter_name)
-    targets = config.get("target_modules")
-    config["target_modules"] = sorted(targets) if isinstance(targets, set | frozenset) else targets
     adapter = Adapter(
         name=adapter_name,
         layers=layers,
         base_model=config.get("base_model_name_or_path") or None,
-        config={key: config[key] for key in _PASSED_ON if config.get(key) is not None},
+        config=_passed_on(config),
         source="a live PeftModel",
     )
     adapter.validate()
     return adapter
+
+
+def _passed_on(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields that a merged adapter inherits."""
+    kept = {key: config[key] for key in _PASSED_ON if config.get(key) is not None}
+    if any(config.get(key) not in (None, []) for key in _NARROWING):
+        kept.pop("target_modules", None)
+    elif isinstance(kept.get("target_modules"), list | set | frozenset):
+        kept["target_modules"] = sorted(kept["target_modules"])
+    return kept
 
 
 def save_adapter(
@@ -255,6 +271,9 @@ def _refuse_unsupported(config: Mapping[str, Any], tensors: Mapping[str, Any], n
 def _pair_factors(tensors: Mapping[str, torch.Tensor], name: str) -> dict[str, dict[str, torch.Tensor]]:
     pairs: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in tensors.items():
+        # PEFT writes the frozen base weights of an adapted output head beside its factors.
+        if key.endswith(_BASE_COPY) and f"{key.removesuffix(_BASE_COPY)}.lora_A.weight" in tensors:
+            continue
         match = _KEY.match(key)
         if match is None:
             raise AdapterError(
@@ -274,7 +293,7 @@ def _pair_factors(tensors: Mapping[str, torch.Tensor], name: str) -> dict[str, d
 def _factors(path: str, pair: Mapping[str, torch.Tensor], config: Mapping[str, Any], name: str) -> LoraFactors:
     rank = _pattern_value(config.get("rank_pattern"), path, config.get("r"))
     alpha = _pattern_value(config.get("alpha_pattern"), path, config.get("lora_alpha"))
-    if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float):
+    if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float) or not math.isfinite(alpha):
         raise AdapterError(
             f"The {CONFIG_FILE} of adapter '{name}' must give r >= 1 and a numeric lora_alpha; for layer '{path}' it "
             f"gives r={rank!r}, lora_alpha={alpha!r}."

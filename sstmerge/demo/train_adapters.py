@@ -69,7 +69,7 @@ class Recipe:
     batch_size: int = 8
 
 
-SAFETY = Recipe("safety", (("harmful", None), ("benign", 36)), 8, 16, ALL_LINEAR, 5e-4, 4)
+SAFETY = Recipe("safety", (("harmful", None), ("benign", None)), 8, 16, ALL_LINEAR, learning_rate=5e-4, epochs=3)
 UTILITY = Recipe(
     "utility",
     (("utility", None), ("benign", 60)),

@@ -139,8 +139,8 @@ class _BatchScores:
         for k in range(draws):
             hidden.backward(gradients[k], retain_graph=k < draws - 1)
             records = self._take_records()
-            for tap, chunks in head_records.items():
-                records[tap] = chunks[k::draws]
+            # One record per chunk of rows and draw, draws innermost; taps below the head have none here.
+            records |= {tap: chunks[k::draws] for tap, chunks in head_records.items() if chunks}
             self._accumulate(records, accumulator, scale)
             counts = counts + self._counts()
         return counts
@@ -195,8 +195,11 @@ class _BatchScores:
             accumulator.update(i, scores, self.root_weight.to(scores.gamma.device))
         accumulator.finish_batch(self.halves)
 
-    def _sequences(self, tap: Tap, records: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-        """Bring a layer's records to the shape (B, S, R); calls of a shared module follow each other in S."""
+    def _sequences(self, tap: Tap, records: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
+        """Bring a layer's records to the shape (B, S, R), with the mask (B, S) of their positions.
+
+        Calls of a shared module follow each other in S.
+        """
         if not records:
             raise FisherError(
                 f"Layer '{tap.name}' received no gradient from the loss, so it has no scores. Either the model does not "
@@ -214,11 +217,10 @@ class _BatchScores:
                     f"Layer '{tap.name}' saw an input of shape {tuple(x.shape)} for a batch of {size} sequences of "
                     f"{length} tokens; expected one row per token. Layers that mix sequences are not supported."
                 )
-        return (
-            (torch.cat([x for x, _ in parts], dim=1), torch.cat([d for _, d in parts], dim=1))
-            if parts
-            else self._head_sequences(tap, records)
-        )
+        if not parts:
+            return (*self._head_sequences(tap, records), self.predicts)
+        x, delta = torch.cat([x for x, _ in parts], dim=1), torch.cat([d for _, d in parts], dim=1)
+        return x, delta, self.batch.attention_mask.repeat(1, len(parts))
 
     def _head_sequences(self, tap: Tap, records: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         """Scatter the output head's records, one row per response position, back to (B, S, R)."""
@@ -233,18 +235,19 @@ class _BatchScores:
         full_x[self.predicts], full_delta[self.predicts] = x, delta
         return full_x, full_delta
 
-    def _group_scores(self, parts: list[tuple[Tensor, Tensor]], scale: float, accumulator: Accumulator) -> GroupScores:
+    def _group_scores(
+        self, parts: list[tuple[Tensor, Tensor, Tensor]], scale: float, accumulator: Accumulator
+    ) -> GroupScores:
         device = _accumulator_device(accumulator)
         precision = torch.promote_types(parts[0][0].dtype, torch.float32)
-        x = torch.stack([x.to(device) for x, _ in parts]).to(precision)
-        delta = torch.stack([d.to(device) for _, d in parts]).to(precision)
+        x = _stack_calls([x for x, _, _ in parts], device, precision)
+        delta = _stack_calls([d for _, d, _ in parts], device, precision)
+        mask = _stack_calls([m[:, :, None] for _, _, m in parts], device, precision)
         if scale != 1.0:
             delta = delta / scale
-        calls = x.shape[2] // self.batch.attention_mask.shape[1]
-        mask = self.batch.attention_mask.to(device, precision).repeat(1, calls)
-        x = x * mask[:, :, None]
+        x = x * mask
         gamma = delta.mT @ x
-        return GroupScores(x, delta, gamma, mask.sum(dim=1), self.halves.to(device))
+        return GroupScores(x, delta, gamma, mask.sum(dim=(2, 3)), self.halves.to(device))
 
     def _counts(self) -> Counts:
         weight, tokens = self.batch.weight.double().cpu(), self.predicts.sum(dim=1).double().cpu()
@@ -252,6 +255,14 @@ class _BatchScores:
         membership = torch.nn.functional.one_hot(self.halves.cpu(), 2).double()
         columns = (weight, weight * tokens, weight * positions, weight.square())
         return Counts(*(column @ membership for column in columns))
+
+
+def _stack_calls(parts: list[Tensor], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Stack tensors (B, S_l, R) to (L, B, S, R); layers that were called less often are padded with zeros."""
+    longest = max(part.shape[1] for part in parts)
+    if any(part.shape[1] < longest for part in parts):
+        parts = [torch.nn.functional.pad(part, (0, 0, 0, longest - part.shape[1])) for part in parts]
+    return torch.stack([part.to(device) for part in parts]).to(dtype)
 
 
 def model_fingerprint(model: nn.Module) -> str:

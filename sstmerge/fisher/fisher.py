@@ -17,7 +17,7 @@ from torch import Tensor
 from sstmerge.adapters import Adapter, CoreSpace
 from sstmerge.atomic import atomic_file
 from sstmerge.errors import FisherError
-from sstmerge.fisher.structures import KroneckerBasis, Structure, WeightSharing
+from sstmerge.fisher.structures import KroneckerBasis, Structure
 
 _METADATA_KEY = "sstmerge_fisher"
 _FORMAT = 1
@@ -117,10 +117,9 @@ class Fisher:
         """
         if self.structure not in (Structure.KFAC, Structure.EKFAC):
             raise FisherError(f"A '{self.structure}' Fisher has no Kronecker factors.")
-        reduce = self.metadata.get("weight_sharing") == WeightSharing.REDUCE
-        inputs = float((self.counts.sequences if reduce else self.counts.positions).sum())
-        pairs = zip(self.sums("input_covariance"), self.sums("output_covariance"), strict=True)
-        return [(X / inputs, D / self.tokens) for X, D in pairs]
+        names = ("input_covariance", "output_covariance", "input_count")
+        sums = zip(*(self.sums(name) for name in names), strict=True)
+        return [(X / count[:, None, None], D / self.tokens) for X, D, count in sums]
 
     def kronecker_basis(self) -> KroneckerBasis:
         """Return the basis that an `ekfac` Fisher was collected in."""

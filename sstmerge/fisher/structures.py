@@ -79,7 +79,8 @@ class GroupScores:
         x: x̃, shape (L, B, S, R_i); zero at padding.
         delta: δ̃ of the (weighted) log-likelihood, shape (L, B, S, R_o).
         gamma: Γ, shape (L, B, R_o, R_i).
-        lengths: Real positions per sequence, shape (B,).
+        lengths: Positions per sequence that passed through the layer, shape (L, B): the real ones, times the number of
+            calls; at the output head only those that predict a response token.
         halves: 0 or 1 per sequence, shape (B,).
     """
 
@@ -114,7 +115,7 @@ class Accumulator:
             if structure is Structure.DIAGONAL:
                 shapes["square_sum"] = (rows, columns)
             elif structure in (Structure.KFAC, Structure.EKFAC):
-                shapes |= {"input_covariance": (columns, columns), "output_covariance": (rows, rows)}
+                shapes |= {"input_covariance": (columns, columns), "output_covariance": (rows, rows), "input_count": ()}
                 if structure is Structure.EKFAC:
                     shapes["rotated_square_sum"] = (rows, columns)
             elif structure is Structure.BLOCK:
@@ -178,13 +179,16 @@ class Accumulator:
         self.sums[f"{name}.{group}"][half] += value
 
     def _add_kronecker(self, group: int, half: int, scores: GroupScores, chosen: Tensor, weight: Tensor) -> None:
-        x, delta = scores.x[:, chosen], scores.delta[:, chosen]
+        x, delta, lengths = scores.x[:, chosen], scores.delta[:, chosen], scores.lengths[:, chosen]
         if self.weight_sharing is WeightSharing.REDUCE:
-            x = x.sum(dim=2) / scores.lengths[chosen].to(x.dtype)[:, None]
+            # Sequences without a response token never pass through the output head; their sums are zero.
+            x = x.sum(dim=2) / lengths.clamp_min(1.0).to(x.dtype)[:, :, None]
             delta = delta.sum(dim=2)
             x = x * weight[chosen].to(x.dtype)[:, None]
+            lengths = (lengths > 0).to(lengths.dtype)
         else:
             x = (x * weight[chosen].to(x.dtype)[:, None, None]).flatten(1, 2)
             delta = delta.flatten(1, 2)
+        self._add("input_count", group, half, lengths.double() @ weight[chosen].to(lengths.device).double().square())
         self._add("input_covariance", group, half, x.mT @ x)
         self._add("output_covariance", group, half, delta.mT @ delta)
