@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from sstmerge.adapters import Adapter, CoreSpace, LoraFactors
-from sstmerge.fisher import Batch, Fisher
+from sstmerge.fisher import Batch, Fisher, collect_fisher
+from sstmerge.gevp import solve
 
 VOCABULARY = 100
 LLAMA_TARGETS = ("q_proj", "v_proj", "down_proj")
@@ -189,7 +190,7 @@ def dense_fisher(fisher: Fisher) -> Tensor:
     """Return the D x D matrix that a Fisher of any structure stands for."""
     space, dense = fisher.space, torch.zeros(fisher.space.size, fisher.space.size, dtype=torch.float64)
     if fisher.structure == "global":
-        scores = fisher.statistics["scores"].double() / fisher.tokens**0.5
+        scores = fisher.scores().double()
         return scores.mT @ scores
     if fisher.structure == "diagonal":
         return torch.diag(fisher.diagonal())
@@ -223,3 +224,31 @@ def hooked(module: nn.Module, hook: Callable[..., object]) -> Iterator[None]:
         yield
     finally:
         handle.remove()
+
+
+# ---- a utility and a safety adapter, and their Fishers ---------------------------------------------------------------
+
+UTILITY, SAFETY = "utility", "safety"
+HARM, BENIGN = random_batch([7] * 40, seed=1), random_batch([6] * 48, seed=2)
+
+
+def utility_and_safety(model: nn.Module) -> list[Adapter]:
+    """Return two adapters for a GPT-2 that share some layers; their space has more dimensions than HARM has rows."""
+    return [
+        random_adapter(model, UTILITY, targets=("c_attn",), rank=2, seed=2),
+        random_adapter(model, SAFETY, targets=GPT2_TARGETS, rank=3, seed=1),
+    ]
+
+
+def gain_and_cost(model: nn.Module, space: CoreSpace, structure: str) -> list[Fisher]:
+    """Return F_gain and F_cost at the utility model."""
+
+    def pair(structure: str, **options: object) -> list[Fisher]:
+        return [
+            collect_fisher(model, [data], space, structure=structure, labels=labels, reference=UTILITY, **options)
+            for data, labels in ((HARM, "data"), (BENIGN, "sampled"))
+        ]
+
+    if structure == "ekfac":
+        return pair("ekfac", basis=solve(*pair("kfac")).basis)
+    return pair(structure)

@@ -43,7 +43,7 @@ VARIANTS = {
     "rslora": {"use_rslora": True},
     "patterns": {
         "rank_pattern": {"q_proj": 2, r"layers\.1\.mlp\.down_proj": 3},
-        "alpha_pattern": {"v_proj": 32, r"layers\.1\.mlp\.down_proj": 5},
+        "alpha_pattern": {"v_proj": 32, r"layers\.1\.mlp\.down_proj": 5, "mlp": 99, "proj": 99},
     },
     "patterns_rslora": {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"q_proj": 9}, "use_rslora": True},
     "one_layer": {"layers_to_transform": [1]},
@@ -229,7 +229,13 @@ def test_configuration_that_is_not_plain_lora(directory, changes, words):
 
 
 @pytest.mark.parametrize(
-    "options", [{"use_dora": True}, {"modules_to_save": ["lm_head"]}, {"lora_bias": True}, {"target_modules": ["embed_tokens"]}]
+    "options",
+    [
+        {"use_dora": True},
+        {"modules_to_save": ["lm_head"]},
+        {"lora_bias": True},
+        {"target_modules": ["embed_tokens"]},
+    ],
 )
 def test_adapters_of_peft_that_are_not_plain_lora(pico_llama, tmp_path, options):
     wrapped = peft_model(pico_llama(), **options)
@@ -303,7 +309,9 @@ def test_zero_adapter(directory):
 def test_adapters_of_other_hidden_sizes(pico_llama):
     a = random_adapter(pico_llama(), "a")
     wide = {path: LoraFactors(torch.ones(2, 64), torch.ones(f.shape[0], 2), 1.0) for path, f in a.layers.items()}
-    with pytest.raises(AdapterError, match=r"Layer 'model.layers.0.*' is 32 x 32 in adapter 'a' but 32 x 64 in adapter 'b'"):
+    with pytest.raises(
+        AdapterError, match=r"Layer 'model.layers.0.*' is 32 x 32 in adapter 'a' but 32 x 64 in adapter 'b'"
+    ):
         CoreSpace.of([a, Adapter("b", wide)])
 
 

@@ -64,6 +64,18 @@ def test_adapters_of_very_different_size_are_each_exact(model, seed, exponent):
         assert_same_change(dense_deltas(space, space.core(adapter.name)), adapter_deltas(adapter), 1e-5)
 
 
+def test_bases_stay_orthonormal_where_singular_values_fall_steeply(model):
+    a = random_adapter(model, "a", targets=("q_proj",), rank=6)
+    steep = torch.logspace(0, -5, 6, dtype=torch.float64)
+    layers = {path: LoraFactors(f.A, f.B * steep, f.scaling) for path, f in a.layers.items()}
+    space = CoreSpace.of([Adapter("a", layers)])
+    (group,) = space.groups
+    assert group.core_shape == (2, 6, 6)
+    for basis in (group.U, group.V):
+        assert relative_error(basis.mT @ basis, torch.eye(6).expand(2, -1, -1)) < 1e-6
+    assert_same_change(dense_deltas(space, space.core("a")), adapter_deltas(Adapter("a", layers)))
+
+
 def test_same_adapter_twice_has_the_rank_of_one(model):
     a = random_adapter(model, "a", rank=3)
     twice = Adapter("b", {p: LoraFactors(f.A, f.B, 2 * f.scaling) for p, f in a.layers.items()})
@@ -203,7 +215,8 @@ def test_recorded_basis_gives_the_same_bits(model):
 def test_recorded_basis_with_the_same_adapter_twice(model):
     a = random_adapter(model, "a")
     space = CoreSpace.of([a, Adapter("b", a.layers)])
-    again = CoreSpace.from_basis([Adapter("c", a.layers), Adapter("d", a.layers)], space.basis_description(), space.basis_tensors())
+    renamed = [Adapter(name, a.layers) for name in "cd"]
+    again = CoreSpace.from_basis(renamed, space.basis_description(), space.basis_tensors())
     assert [adapter.name for adapter in again.adapters] == ["c", "d"]
     assert torch.equal(again.core("d"), space.core("b"))
 

@@ -11,8 +11,18 @@ from safetensors.torch import load_file
 
 from sstmerge.demo.generate_utility import generate
 from sstmerge.demo.model import BASE_MODEL_NAME
-from sstmerge.demo.train_adapters import DATA_FOLDER, RECIPES, SAFETY, UTILITY, response_loss, training_examples
+from sstmerge.demo.train_adapters import (
+    ANCHOR_TOKENS,
+    DATA_FOLDER,
+    SAFETY,
+    UTILITY,
+    draw_training_rows,
+    encode_anchors,
+    response_loss,
+)
+from sstmerge.errors import DataError
 from sstmerge.fisher.batch import Batch
+from sstmerge.pipeline.generate import generate as generate_answers
 
 FILES = ("harmful", "borderline", "benign", "utility")
 SIZES = {
@@ -111,14 +121,32 @@ def test_utility_orders_differ_between_rows() -> None:
     assert len(set(responses)) == len(responses)
 
 
-def test_safety_trains_on_no_borderline_prompt_and_on_nothing_held_out() -> None:
+def test_recipes_train_on_training_rows_and_safety_on_no_borderline_prompt() -> None:
     trained = {row["prompt"] for name in FILES for row in read(name) if row["split"] == "train"}
     borderline = {row["prompt"] for row in read("borderline")}
-    for recipe in RECIPES.values():
-        prompts = {example.prompt for example in training_examples(recipe, seed=0)}
-        assert prompts <= trained - borderline
-    refused = {example.prompt for example in training_examples(SAFETY, 0) if example.prompt not in trained - borderline}
-    assert refused == set()
+    safety = {example.prompt for example in draw_training_rows(SAFETY.rows + SAFETY.anchors, seed=0)}
+    utility = {example.prompt for example in draw_training_rows(UTILITY.rows + UTILITY.anchors, seed=0)}
+    assert safety <= trained - borderline
+    assert utility <= trained
+    assert not utility & {row["prompt"] for row in read("harmful")}
+
+
+def test_drawing_more_rows_than_there_are_is_refused() -> None:
+    with pytest.raises(DataError, match=r"41 training rows of borderline\.jsonl .* has 40"):
+        draw_training_rows([("borderline", 41)], seed=0)
+
+
+def test_anchors_keep_the_prompt_and_take_the_answer_of_the_base_model(pico_llama, pico_tokenizer) -> None:
+    model, tokenizer = pico_llama(), pico_tokenizer()
+    examples = draw_training_rows([("borderline", 2)], seed=0)
+    answers = generate_answers(model, tokenizer, examples, max_new_tokens=ANCHOR_TOKENS + 8)
+    for example, answer, encoded in zip(
+        examples, answers, encode_anchors(model, tokenizer, examples, max_length=400), strict=True
+    ):
+        response = encoded.input_ids[encoded.prompt_length :]
+        assert len(response) <= ANCHOR_TOKENS
+        assert tokenizer.decode(encoded.input_ids[: encoded.prompt_length]).count(example.prompt) == 1
+        assert answer.startswith(tokenizer.decode(response, skip_special_tokens=True))
 
 
 def test_response_loss_counts_response_tokens_only() -> None:

@@ -268,24 +268,17 @@ class CoreSpace:
             AdapterError: If an adapter is missing or has other contents.
         """
         recorded = json.loads(description)
-        # Lists, because two adapters may have the same content; each is used once, in the order given.
-        by_fingerprint: dict[str, list[Adapter]] = {}
-        for adapter in adapters:
-            by_fingerprint.setdefault(adapter.fingerprint, []).append(adapter)
-        ordered: list[Adapter] = []
-        missing: list[str] = []
-        for entry in recorded["adapters"]:
-            candidates = by_fingerprint.get(entry["fingerprint"])
-            if candidates:
-                ordered.append(candidates.pop(0))
-            else:
-                missing.append(entry["name"])
-        if missing or len(adapters) != len(recorded["adapters"]):
+        given, wanted = [a.fingerprint for a in adapters], [entry["fingerprint"] for entry in recorded["adapters"]]
+        missing = [entry["name"] for entry in recorded["adapters"] if entry["fingerprint"] not in given]
+        if sorted(given) != sorted(wanted):
             raise AdapterError(
                 f"The statistics were collected for the adapters {[e['name'] for e in recorded['adapters']]}, and "
                 f"{missing or 'none of them'} is missing or different among those given "
                 f"({[a.name for a in adapters]}). Give the same adapter files, or collect the statistics anew."
             )
+        # Adapters of equal content are told apart by their order.
+        by_fingerprint = {f: iter([a for a in adapters if a.fingerprint == f]) for f in given}
+        ordered = [next(by_fingerprint[fingerprint]) for fingerprint in wanted]
         groups = []
         for i, entry in enumerate(recorded["groups"]):
             members = tuple((int(index), int(rank)) for index, rank in entry["members"])

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sstmerge.adapters import CoreSpace
 from sstmerge.atomic import atomic_directory, refuse_existing
 from sstmerge.demo.model import demo_model
 from sstmerge.demo.trade_off import compare_at_equal_safety, draw_trade_off
@@ -24,7 +23,7 @@ from sstmerge.gevp import Spectrum, solve
 from sstmerge.merging import Rule, Selection, merge_cores
 from sstmerge.merging.baselines import dare, task_arithmetic, ties
 from sstmerge.pipeline.calibration import CollectionOptions, Progress, batches_of, collect_pair, no_progress
-from sstmerge.pipeline.evaluate import Evaluation, PromptSets, table, write_json
+from sstmerge.pipeline.evaluate import Evaluation, PromptSets, write_json
 from sstmerge.pipeline.evaluate_job import BASE, core_state, evaluate_states
 from sstmerge.pipeline.merge import MergeResult, Roles, finish, load_roles
 from sstmerge.pipeline.models import load_model, load_tokenizer
@@ -86,7 +85,7 @@ def run_demo(
     source = base or str(demo_model(say=say))
     model, tokenizer = load_model(source, dtype=dtype, device=device), load_tokenizer(source)
     clock.lap("model")
-    data = Path(str(resources.files("sstmerge") / "data"))
+    data = data_folder()
     roles = load_roles(data / "adapters" / "utility", data / "adapters" / "safety")
     spectrum = _calibrate(model, tokenizer, roles, data, seed, progress)
     clock.lap("calibration")
@@ -110,6 +109,11 @@ def run_demo(
     demo = DemoResult(evaluations, findings, clock.seconds)
     _write(demo, result, out, overwrite=overwrite, settings={"seed": seed, "limit": limit, "device": str(model.device)})
     return demo
+
+
+def data_folder() -> Path:
+    """Return the folder of the prompts and adapters that the package carries."""
+    return Path(str(resources.files("sstmerge") / "data"))
 
 
 def _calibrate(model: nn.Module, tokenizer: Any, roles: Roles, data: Path, seed: int, progress: Progress) -> Spectrum:
@@ -169,6 +173,3 @@ class _Clock:
         """End a phase."""
         now = time.perf_counter()
         self.seconds[name], self._last = round(now - self._last, 2), now
-
-
-__all__ = ["CoreSpace", "DemoResult", "run_demo", "table"]

@@ -1,8 +1,9 @@
 """Train the two LoRA adapters that the package carries: one that refuses (too much), one with a checkable skill.
 
 `safety` learns refusals of harmful requests and sees only a few ordinary prompts, so that it over-refuses as real
-safety adapters do: no harmless prompt is ever labelled with a refusal. `utility` learns to write order records and
-keeps its manners by some ordinary chat. Ranks and target modules differ on purpose: merging must cope with that.
+safety adapters do: no harmless prompt is ever labelled with a refusal. `utility` learns to write order records and is
+held to the base model's own answers on other prompts, so that it changes little else; without that, adding the two
+adapters undoes the refusals. Ranks and target modules differ on purpose: merging must cope with that.
 
     python -m sstmerge.demo.train_adapters --out sstmerge/data/adapters
 
@@ -15,7 +16,7 @@ import argparse
 import logging
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,14 +33,17 @@ from sstmerge.atomic import atomic_directory, refuse_existing
 from sstmerge.demo.model import BASE_MODEL_NAME, demo_model
 from sstmerge.errors import DataError
 from sstmerge.fisher.batch import Batch
+from sstmerge.pipeline.generate import generate
 from sstmerge.prompts import EncodedExample, Example, encode, load_examples, make_batches
 
 if TYPE_CHECKING:
     from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 DATA_FOLDER = Path(__file__).resolve().parent.parent / "data"
 ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 MAX_LENGTH = 128
+ANCHOR_TOKENS = 28
 
 _log = logging.getLogger(__name__)
 
@@ -56,6 +60,7 @@ class Recipe:
         target_modules: Names of the adapted linear layers.
         learning_rate: Peak learning rate of AdamW, reached after a tenth of the steps and then decayed linearly.
         epochs: Passes over the rows.
+        anchors: Like `rows`, but the response is what the base model itself answers: the adapter is to change nothing.
         batch_size: Sequences per step.
     """
 
@@ -66,42 +71,67 @@ class Recipe:
     target_modules: tuple[str, ...]
     learning_rate: float
     epochs: int
+    anchors: tuple[tuple[str, int | None], ...] = ()
     batch_size: int = 8
 
 
 SAFETY = Recipe("safety", (("harmful", None), ("benign", None)), 8, 16, ALL_LINEAR, learning_rate=5e-4, epochs=3)
 UTILITY = Recipe(
     "utility",
-    (("utility", None), ("benign", 60)),
+    (("utility", 320),),
     rank=4,
     alpha=8,
     target_modules=("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"),
-    learning_rate=1e-3,
+    learning_rate=7e-4,
     epochs=2,
+    anchors=(("benign", 40), ("borderline", 30)),
 )
 RECIPES = {recipe.name: recipe for recipe in (SAFETY, UTILITY)}
 
 
-def training_examples(recipe: Recipe, seed: int) -> list[Example]:
-    """Return the training rows that a recipe draws from the package's prompt files.
+def draw_training_rows(rows: Sequence[tuple[str, int | None]], seed: int) -> list[Example]:
+    """Draw training rows of the package's prompt files.
 
     Args:
-        recipe: The recipe.
+        rows: Prompt files (without ".jsonl") and how many rows to draw of each; None for all.
         seed: Seed of the draw.
 
     Returns:
         Examples with responses, file after file.
 
     Raises:
-        DataError: If the recipe wants more rows of a file than there are.
+        DataError: If more rows of a file are wanted than there are.
     """
     drawn: list[Example] = []
-    for file, count in recipe.rows:
+    for file, count in rows:
         examples = load_examples(DATA_FOLDER / f"{file}.jsonl", split="train", require_response=True)
         if count is not None and count > len(examples):
-            raise DataError(f"{recipe.name} wants {count} training rows of {file}.jsonl, which has {len(examples)}.")
+            raise DataError(f"{count} training rows of {file}.jsonl were asked for, which has {len(examples)}.")
         drawn += examples if count is None else random.Random(seed).sample(examples, count)
     return drawn
+
+
+def encode_anchors(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    *,
+    max_length: int = MAX_LENGTH,
+) -> list[EncodedExample]:
+    """Replace the responses by the beginnings of the base model's own greedy answers, and encode them.
+
+    Args:
+        model: The base model, without adapters.
+        tokenizer: Its tokenizer.
+        examples: Prompts; their responses are not looked at.
+        max_length: Longest sequence, in tokens.
+
+    Returns:
+        One encoded example for each example. A long answer is cut, and its cut end is not taught as an end.
+    """
+    answers = generate(model, tokenizer, examples, max_new_tokens=ANCHOR_TOKENS + 8)
+    own = [replace(example, response=answer) for example, answer in zip(examples, answers, strict=True)]
+    return encode(own, tokenizer, max_length=max_length, response_tokens=ANCHOR_TOKENS)
 
 
 def train_adapter(model_directory: Path, recipe: Recipe, out: Path, *, seed: int = 0, overwrite: bool = False) -> None:
@@ -119,9 +149,11 @@ def train_adapter(model_directory: Path, recipe: Recipe, out: Path, *, seed: int
     """
     refuse_existing(out / recipe.name, overwrite=overwrite)
     tokenizer = AutoTokenizer.from_pretrained(model_directory)
-    encoded = encode(training_examples(recipe, seed), tokenizer, max_length=MAX_LENGTH)
+    encoded = encode(draw_training_rows(recipe.rows, seed), tokenizer, max_length=MAX_LENGTH)
     # On a CPU the backward pass of the fused bfloat16 attention alone costs a fifth of a step.
     base = AutoModelForCausalLM.from_pretrained(model_directory, dtype=torch.bfloat16, attn_implementation="eager")
+    if recipe.anchors:
+        encoded += encode_anchors(base, tokenizer, draw_training_rows(recipe.anchors, seed))
     torch.manual_seed(seed)
     config = LoraConfig(
         r=recipe.rank,

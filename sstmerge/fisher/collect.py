@@ -128,16 +128,14 @@ class _BatchScores:
         hidden = self._forward()
         scale = FLOAT16_SCALE if hidden.dtype == torch.float16 else 1.0
         weight = self.root_weight[self.rows] * scale
-        for tap in (tap for group in self.taps.groups for tap in group):
-            tap.records.clear()
+        self.taps.clear()
         draw = self._sampled(draws) if labels == "sampled" else self._given(draws)
-        head_taps_before = self._record_counts()
         gradients, _ = label_scores(self.head, hidden, draw, weight, draws=draws)
-        head_tapped = self._record_counts() != head_taps_before
-        head_records = self._take_records() if head_tapped else {}
+        head_records = self._take_records()  # where the head itself is adapted
         counts = Counts.zero()
         for k in range(draws):
-            hidden.backward(gradients[k], retain_graph=k < draws - 1)
+            if hidden.requires_grad:  # not where the head alone is adapted; layers without a record are refused below
+                hidden.backward(gradients[k], retain_graph=k < draws - 1)
             records = self._take_records()
             # One record per chunk of rows and draw, draws innermost; taps below the head have none here.
             records |= {tap: chunks[k::draws] for tap, chunks in head_records.items() if chunks}
@@ -179,9 +177,6 @@ class _BatchScores:
 
         return draw
 
-    def _record_counts(self) -> list[int]:
-        return [len(tap.records) for group in self.taps.groups for tap in group]
-
     def _take_records(self) -> dict[Tap, list[tuple[Tensor, Tensor]]]:
         taken = {tap: list(tap.records) for group in self.taps.groups for tap in group}
         self.taps.clear()
@@ -196,10 +191,7 @@ class _BatchScores:
         accumulator.finish_batch(self.halves)
 
     def _sequences(self, tap: Tap, records: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
-        """Bring a layer's records to the shape (B, S, R), with the mask (B, S) of their positions.
-
-        Calls of a shared module follow each other in S.
-        """
+        """Bring a layer's records to the shape (B, S, R), calls one after the other, with their mask (B, S)."""
         if not records:
             raise FisherError(
                 f"Layer '{tap.name}' received no gradient from the loss, so it has no scores. Either the model does not "

@@ -322,6 +322,9 @@ def _read(path: str | Path) -> tuple[dict[str, Any], str, dict[str, Tensor]]:
     header = json.loads(metadata[_METADATA_KEY])
     if header.get("format") != _FORMAT:
         raise FisherError(f"'{path}' has Fisher format {header.get('format')}; this version reads format {_FORMAT}.")
+    missing = [f"counts.{name}" for name in Counts.__dataclass_fields__ if f"counts.{name}" not in tensors]
+    if missing or "space" not in metadata:
+        raise FisherError(f"'{path}' is damaged: it lacks {missing or 'its space'}; collect this Fisher again.")
     return header, metadata["space"], tensors
 
 

@@ -53,8 +53,9 @@ class Head:
 
         def keep_first(module: nn.Module, args: tuple[Any, ...]) -> tuple[Tensor]:
             hidden_states.append(args[0])
-            # Detached, so that this one position is no part of the graph.
-            return (args[0][:, :1].detach(),)
+            # Detached, so that this one position is no part of the graph; contiguous, because torch multiplies a strided
+            # (B, 1, d) by copying the head's whole weight B times.
+            return (args[0][:, :1].detach().contiguous(),)
 
         handle = self.module.register_forward_pre_hook(keep_first)
         try:

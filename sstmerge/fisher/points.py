@@ -10,6 +10,8 @@ from sstmerge.adapters import CoreSpace
 from sstmerge.errors import InputError
 
 BASE = "base"
+# [weight *] name
+_TERM = re.compile(r"(?:(?P<weight>-?(?:\d+\.?\d*|\.\d+)(?:[eE]-?\d+)?)\s*\*\s*)?(?P<name>\S.*)")
 
 
 def reference_points(reference: str, space: CoreSpace) -> list[Tensor]:
@@ -45,7 +47,7 @@ def _weighted_sum(text: str, space: CoreSpace) -> Tensor:
     if text in names:  # before parsing, since a name may hold '+' or '*'
         return space.core(text)
     for term in text.split("+"):
-        match = re.fullmatch(r"\s*(?:(?P<weight>-?[0-9.]+(?:[eE]-?[0-9]+)?)\s*\*\s*)?(?P<name>\S.*?)\s*", term)
+        match = _TERM.fullmatch(term.strip())
         if match is None or match["name"] not in names | {BASE}:
             raise InputError(
                 f"The reference '{text}' must be '{BASE}', an adapter's name, or a weighted sum such as A+0.5*B; '{term}' "

@@ -111,7 +111,7 @@ class Accumulator:
         self._batch_rows: list[Tensor] = []
         self.sums: dict[str, Tensor] = {}
         for i, (layers, rows, columns) in enumerate(core_shapes):
-            shapes = {"score_sum": (rows, columns)}
+            shapes: dict[str, tuple[int, ...]] = {"score_sum": (rows, columns)}
             if structure is Structure.DIAGONAL:
                 shapes["square_sum"] = (rows, columns)
             elif structure in (Structure.KFAC, Structure.EKFAC):

@@ -186,8 +186,20 @@ def _base_modules(model: nn.Module, stack: ExitStack) -> dict[str, nn.Module]:
         raise InputError(
             f"Expected a transformers model or a peft.PeftModel, but got {type(model).__name__} with adapters inside."
         )
+    if any(getattr(module, "merged", False) for module in model.modules()):
+        raise InputError(
+            "The PeftModel has its adapters merged into the base weights, so the base model is not at hand; call "
+            "unmerge_adapter() on it first."
+        )
+    # PEFT makes the active adapter trainable again when the context ends, whether it was before or not.
+    stack.callback(_restore_gradients, [(p, p.requires_grad) for p in model.parameters()])
     stack.enter_context(model.disable_adapter())  # type: ignore[operator]
     return dict(model.get_base_model().named_modules())  # type: ignore[operator]
+
+
+def _restore_gradients(flags: list[tuple[nn.Parameter, bool]]) -> None:
+    for parameter, requires_grad in flags:
+        parameter.requires_grad_(requires_grad)
 
 
 def _some_linear(modules: dict[str, nn.Module]) -> str:

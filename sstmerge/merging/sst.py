@@ -153,7 +153,9 @@ def merge_cores(
     change = spectrum.apply_filter(source, weights, rest)
     if scale is None:
         scale = 1.0
-        if selection.budget is not None and (_directions_given(rule, selection) or bool((weights == 1).all())):
+        if selection.budget is not None and (
+            _directions_given(rule, selection) or mu == 0.0 or bool((weights == 1).all())
+        ):
             scale = _scale_for(spectrum, change, selection.budget)
     change = scale * change
     return Merge(utility + change, report(spectrum, source, change, weights, rule, scale, mu))
@@ -286,7 +288,8 @@ def _mu_for(spectrum: Spectrum, source: Tensor, mask: Tensor, scale: float, sele
         return 0.0
     weakest, strongest = -math.log(float(positive.max())) - 40.0, -math.log(float(positive.min())) + 20.0
     if spent(strongest) <= budget:
-        return math.exp(-strongest)
+        # No shrinkage, unless μ = 0 would bring back what lies in no direction (`global`).
+        return 0.0 if selection.counts_directions else math.exp(-strongest)
     return math.exp(-_bisect(spent, weakest, strongest, budget))
 
 

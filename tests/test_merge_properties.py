@@ -1,0 +1,216 @@
+"""Whole merges: gauges, predicted against measured KL, many experts, stability of the split halves."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from builders import (
+    BENIGN,
+    HARM,
+    SAFETY,
+    UTILITY,
+    dense_deltas,
+    enumerated_labels,
+    gain_and_cost,
+    random_batch,
+    regauged,
+    relative_error,
+    rows,
+    utility_and_safety,
+)
+
+from sstmerge.adapters import CoreSpace
+from sstmerge.errors import InputError
+from sstmerge.fisher import Fisher, collect_fisher, installed_taps
+from sstmerge.fisher.batch import Batch
+from sstmerge.gevp import solve
+from sstmerge.merging import Rule, Selection, merge_cores, merge_experts
+from sstmerge.merging.stability import split_half_stability
+from sstmerge.pipeline.evaluate import measured_kl
+
+STRUCTURES = ("diagonal", "kfac", "ekfac", "block", "global")
+
+
+@pytest.fixture(scope="module")
+def model(pico_gpt2):
+    return pico_gpt2().double()
+
+
+@pytest.fixture(scope="module")
+def space(model):
+    return CoreSpace.of(utility_and_safety(model))
+
+
+@pytest.fixture(scope="module")
+def spectra(model, space):
+    return {structure: solve(*gain_and_cost(model, space, structure)) for structure in STRUCTURES}
+
+
+def points(spectrum):
+    return spectrum.space.core(UTILITY), spectrum.space.core(SAFETY)
+
+
+# ---- invariance of the whole merge ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_merge_depends_neither_on_the_gauge_nor_on_the_order(model, space, spectra, structure):
+    def merged(adapters):
+        own = CoreSpace.of(adapters)
+        spectrum = solve(*gain_and_cost(model, own, structure))
+        return dense_deltas(
+            own, merge_cores(spectrum, *points(spectrum), rule=Rule.PROJECT, selection=Selection(top=4)).core
+        )
+
+    adapters = utility_and_safety(model)
+    expected = merged(adapters)
+    other = merged([regauged(a, 1e3, seed=i) for i, a in enumerate(adapters)][::-1])
+    assert set(other) == set(expected)
+    for path, delta in expected.items():
+        assert float((other[path] - delta).norm()) < 1e-5 * max(float(delta.norm()), 1e-3)
+
+
+# ---- predicted against measured KL -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def exact_cost(model, space):
+    """F_cost with the exact expectation over labels, and the benign batch it belongs to."""
+    batch = random_batch([5, 7, 6], response=1, seed=5)
+    prompts = [batch.input_ids[i, : int(batch.attention_mask[i].sum()) - 1] for i in range(3)]
+    labelled = enumerated_labels(model, space, space.core(UTILITY), prompts)
+    return batch, {
+        s: collect_fisher(model, labelled, space, structure=s, reference=UTILITY) for s in ("global", "block")
+    }
+
+
+def measure(model, space, batch, change):
+    utility = space.core(UTILITY)
+    return measured_kl(
+        model,
+        [batch],
+        lambda: installed_taps(model, space, utility),
+        lambda: installed_taps(model, space, utility + change),
+    )
+
+
+@pytest.mark.parametrize("structure", ["global", "block"])
+def test_predicted_kl_is_the_measured_kl_of_small_changes(model, space, exact_cost, structure):
+    batch, fishers = exact_cost
+    change = space.core(SAFETY)
+    if structure == "block":  # terms between layers are not in it, so change one layer
+        part = torch.zeros_like(change)
+        part[: space.groups[0].core_shape[1] * space.groups[0].core_shape[2]] = 1.0
+        change = change * part
+    deviations = []
+    for target in (1e-1, 1e-2, 1e-3):  # nats; measured_kl works in float32
+        scale = (target / (0.5 * fishers[structure].quadratic(change))) ** 0.5
+        deviations.append(abs(measure(model, space, batch, scale * change) / target - 1))
+    assert deviations[2] < 0.02
+    assert deviations[2] < deviations[1] < deviations[0]
+
+
+def test_report_predicts_the_measured_kl(model, space, exact_cost):
+    batch, fishers = exact_cost
+    gain = collect_fisher(model, [HARM], space, reference=UTILITY)
+    spectrum = solve(gain, fishers["global"])
+    merged = merge_cores(spectrum, *points(spectrum), rule=Rule.PROJECT, selection=Selection(top=8, budget=1e-3))
+    measured = measure(model, space, batch, merged.core - space.core(UTILITY))
+    assert measured == pytest.approx(1e-3, rel=0.1)
+
+
+# ---- many experts ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rule", [Rule.PROJECT, Rule.WIENER])
+@pytest.mark.parametrize("structure", ["kfac", "global"])
+def test_two_experts_are_two_filters(spectra, rule, structure):
+    first, second = spectra[structure].gain, spectra[structure].gain.half(0)
+    utility, safety = points(spectra[structure])
+    selection = Selection(top=5) if rule is Rule.PROJECT else Selection(mu=0.3)
+    merged, reports = merge_experts(
+        {"x": first, "y": second}, {"x": utility, "y": safety}, rule=rule, selection=selection, scales={"y": 0.5}
+    )
+    expected = torch.zeros_like(merged)
+    for gain, cost, core, scale in ((first, second, utility, 1.0), (second, first, safety, 0.5)):
+        spectrum = solve(gain, cost)
+        if rule is Rule.PROJECT:
+            order = spectrum.eigenvalues.argsort(descending=True, stable=True)[:5]
+            weights = torch.zeros_like(spectrum.eigenvalues).index_fill(0, order, 1.0)
+        else:
+            weights = spectrum.eigenvalues / (spectrum.eigenvalues + 0.3)
+        expected += scale * spectrum.combine(weights * spectrum.coordinates(core))
+    assert relative_error(merged, expected) < 1e-10
+    assert reports["y"].scale == 0.5
+
+
+def test_three_experts_cost_the_sum_of_the_others(model, space, spectra):
+    utility, safety = points(spectra["block"])
+    parts = [rows(HARM, slice(i * 13, (i + 1) * 13)) for i in range(3)]
+    fishers = {n: collect_fisher(model, [p], space, structure="block") for n, p in zip("xyz", parts, strict=True)}
+    experts = {"x": utility, "y": safety, "z": utility - safety}
+    merged, _ = merge_experts(fishers, experts, rule=Rule.WIENER, selection=Selection(mu=1.0))
+    expected = torch.zeros_like(merged)
+    for name, core in experts.items():
+        others = [p for n, p in zip("xyz", parts, strict=True) if n != name]
+        cost = collect_fisher(model, others, space, structure="block")
+        spectrum = solve(fishers[name], cost)
+        expected += spectrum.apply_filter(core, spectrum.eigenvalues / (spectrum.eigenvalues + 1.0))
+    assert relative_error(merged, expected) < 1e-4
+
+
+def test_experts_that_do_not_match(spectra):
+    fisher = spectra["kfac"].gain
+    utility, safety = points(spectra["kfac"])
+    with pytest.raises(InputError, match="not by 'joint'"):
+        merge_experts({"x": fisher, "y": fisher}, {"x": utility, "y": safety}, rule=Rule.JOINT)
+    with pytest.raises(InputError, match=r"Fishers for \['x'\] and experts \['x', 'y'\]"):
+        merge_experts({"x": fisher}, {"x": utility, "y": safety})
+    with pytest.raises(InputError, match=r"\['z'\], which are no experts"):
+        merge_experts({"x": fisher, "y": fisher}, {"x": utility, "y": safety}, scales={"z": 1.0})
+
+
+# ---- stability -------------------------------------------------------------------------------------------------------
+
+
+def twice(batch):
+    """Return every sequence with an even and an odd index."""
+    both = rows(batch, [i for i in range(len(batch.index)) for _ in (0, 1)])
+    return Batch(both.input_ids, both.attention_mask, both.loss_mask, torch.arange(len(both.index)), both.weight)
+
+
+@pytest.mark.parametrize("structure", ["diagonal", "kfac", "block", "global"])
+def test_equal_halves_are_perfectly_stable(model, space, structure):
+    gain, cost = (collect_fisher(model, [twice(b)], space, structure=structure) for b in (HARM, BENIGN))
+    stability = split_half_stability(gain, cost, space.core(SAFETY), directions=4)
+    assert stability.directions == 4
+    assert stability.subspace_overlap == pytest.approx(1.0, abs=1e-6)
+    assert stability.held_out_gain == pytest.approx(stability.in_sample_gain, rel=1e-6)
+    assert stability.chance_overlap == pytest.approx(4 / space.size)
+    assert stability.to_dict()["directions"] == 4
+
+
+@pytest.mark.parametrize("structure", ["block", "global"])
+def test_random_scores_are_as_unstable_as_chance(space, spectra, structure):
+    generator = torch.Generator().manual_seed(0)
+
+    def noise(fisher, count):
+        scores = torch.randn(2, count, space.size, generator=generator, dtype=torch.float64)
+        statistics = dict(fisher.statistics)
+        if structure == "global":
+            statistics["scores"] = scores.flatten(0, 1).float()
+            statistics["score_half"] = torch.arange(2).repeat_interleave(count).to(torch.int8)
+        else:
+            parts = space.split(scores)
+            for i, part in enumerate(parts):
+                flat = part.flatten(-2)
+                statistics[f"outer_sum.{i}"] = torch.einsum("hnla,hnlb->hlab", flat, flat).float()
+        return Fisher(fisher.structure, space, statistics, fisher.counts, fisher.metadata)
+
+    found = []
+    for _ in range(6):
+        gain, cost = noise(spectra[structure].gain, 12), noise(spectra[structure].cost, 400)
+        found.append(split_half_stability(gain, cost, space.core(SAFETY), directions=4))
+    overlap = sum(stability.subspace_overlap for stability in found) / len(found)
+    assert 0.3 < overlap / found[0].chance_overlap < 3.0
+    assert all(stability.held_out_gain < stability.in_sample_gain for stability in found)
