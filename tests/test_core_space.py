@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from builders import adapter_deltas, dense_deltas, random_adapter, regauged, relative_error
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from sstmerge.adapters import Adapter, CoreSpace, LoraFactors
@@ -54,11 +54,13 @@ def test_every_adapter_is_represented_exactly(model, count):
     assert space.size == sum(rows * columns for rows, columns in layer_ranks(space).values())
 
 
-@given(seed=st.integers(0, 1000), exponent=st.floats(-6, 6))
+@given(seed=st.integers(0, 1000), exponent=st.floats(-14, 14))
+@example(seed=0, exponent=-14.0)
+@example(seed=0, exponent=14.0)
 @settings(max_examples=20, deadline=None)
 def test_adapters_of_very_different_size_are_each_exact(model, seed, exponent):
     a = random_adapter(model, "a", seed=seed)
-    b = random_adapter(model, "b", seed=seed + 1, rank=3, scaling=10.0**exponent)
+    b = random_adapter(model, "b", seed=seed + 1, rank=3, size=10.0 ** (exponent / 2))
     space = CoreSpace.of([a, b])
     for adapter in (a, b):
         assert_same_change(dense_deltas(space, space.core(adapter.name)), adapter_deltas(adapter), 1e-5)
@@ -66,13 +68,15 @@ def test_adapters_of_very_different_size_are_each_exact(model, seed, exponent):
 
 def test_bases_stay_orthonormal_where_singular_values_fall_steeply(model):
     a = random_adapter(model, "a", targets=("q_proj",), rank=6)
-    steep = torch.logspace(0, -5, 6, dtype=torch.float64)
+    steep = torch.logspace(0, -5.5, 6, dtype=torch.float64)
     layers = {path: LoraFactors(f.A, f.B * steep, f.scaling) for path, f in a.layers.items()}
     space = CoreSpace.of([Adapter("a", layers)])
     (group,) = space.groups
     assert group.core_shape == (2, 6, 6)
     for basis in (group.U, group.V):
-        assert relative_error(basis.mT @ basis, torch.eye(6).expand(2, -1, -1)) < 1e-6
+        assert (
+            relative_error(basis.double().mT @ basis.double(), torch.eye(6).expand(2, -1, -1)) < 1.2e-7
+        )  # rounding of float32
     assert_same_change(dense_deltas(space, space.core("a")), adapter_deltas(Adapter("a", layers)))
 
 
