@@ -32,6 +32,9 @@ CHAT_TEMPLATE = (
 )
 TOKEN_IDS = {"bos_token_id": 2, "eos_token_id": 3, "pad_token_id": 0}
 
+# Problems here are tiny; OpenMP's barriers between threads would cost more than the work.
+torch.set_num_threads(1)
+
 ModelFactory = Callable[..., PreTrainedModel]
 
 

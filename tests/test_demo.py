@@ -79,7 +79,9 @@ def test_the_demo_measures_writes_and_compares(tmp_path, monkeypatch, pico_llama
     pico_llama().save_pretrained(base)
     pico_tokenizer().save_pretrained(base)
     for name in ("utility", "safety"):
-        adapter = get_peft_model(pico_llama(), LoraConfig(r=2, target_modules=["q_proj", "up_proj"], init_lora_weights=False))
+        adapter = get_peft_model(
+            pico_llama(), LoraConfig(r=2, target_modules=["q_proj", "up_proj"], init_lora_weights=False)
+        )
         adapter.save_pretrained(data / "adapters" / name)
     for name in ("harmful", "benign", "borderline", "utility"):
         rows = [

