@@ -94,6 +94,7 @@ def fisher_files(monkeypatch, job: dict[str, str], folder: Path, structure: str 
         ("--structure", "block", "--rule", "wiener", "--mu", "1.0", "--scale", "0.5"),
         ("--structure", "diagonal", "--rule", "joint", "--mu", "0.5"),
         ("--structure", "kfac", "--reference", "path:utility:utility+safety:2", "--draws", "2"),
+        ("--structure", "kfac", "--module-share", "0.5", "--dimension-share", "0.7", "--pilot", "4"),
         ("--structure", "global", "--rule", "refit", "--top", "3", "--response-tokens", "3"),
     ],
 )
@@ -169,7 +170,8 @@ def test_curve_from_fishers(monkeypatch, job, tmp_path):
         rows = list(csv.DictReader(file))
     assert [row["method"] for row in rows] == ["project", "project", "task arithmetic", "task arithmetic"]
     assert [float(row["predicted_kl"]) for row in rows] == pytest.approx([0.0005, 0.001] * 2, rel=1e-5)
-    assert (out / "curve.png").read_bytes().startswith(b"\x89PNG")
+    for picture in ("curve.png", "spectrum.png"):
+        assert (out / picture).read_bytes().startswith(b"\x89PNG")
     assert load_adapter(out / "01-project").layers
 
 

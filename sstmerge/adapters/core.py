@@ -18,52 +18,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from sstmerge.adapters.adapter import Adapter, LoraFactors, check_same_base, natural_order
+from sstmerge.adapters.basis import RANK_TOLERANCE, LayerGroup, build_groups, stack_factors, stackable_layers
 from sstmerge.errors import AdapterError, InputError
-
-# A direction is kept if it carries more than this share of the Frobenius norm of some ΔW_t. Gram matrices in float64
-# resolve relative singular values down to about 1e-8; float32 factors carry 1e-7 of rounding.
-RANK_TOLERANCE = 1e-6
-
-# Indices of the adapters stacked in a group, with their ranks.
-Members = tuple[tuple[int, int], ...]
-
-
-@dataclass(frozen=True)
-class LayerGroup:
-    """Layers of equal shape and equal core shape, batched.
-
-    Attributes:
-        names: Module paths, L of them.
-        members: Indices of the adapters whose factors are stacked, in stacking order, and their ranks.
-        U: Output basis, shape (L, d_out, R_o), float32, orthonormal columns.
-        V: Input basis, shape (L, d_in, R_i), float32, orthonormal columns.
-        output_transform: T with U = [B_1 … B_T] T, shape (L, Σr, R_o), float64.
-        input_transform: T with V = [A_1ᵀ … A_Tᵀ] T, shape (L, Σr, R_i), float64.
-    """
-
-    names: tuple[str, ...]
-    members: Members
-    U: Tensor
-    V: Tensor
-    output_transform: Tensor
-    input_transform: Tensor
-
-    @property
-    def core_shape(self) -> tuple[int, int, int]:
-        """Shape (L, R_o, R_i) of the group's batch of cores."""
-        return len(self.names), self.U.shape[2], self.V.shape[2]
-
-    @property
-    def size(self) -> int:
-        """Number of core entries of the group."""
-        layers, rows, columns = self.core_shape
-        return layers * rows * columns
 
 
 class CoreSpace:
@@ -105,8 +66,8 @@ class CoreSpace:
         _check_names(adapters)
         check_same_base(adapters, ignore_base_name=ignore_base_name)
         groups: list[LayerGroup] = []
-        for (members, _), names in _stackable_layers(adapters).items():
-            groups.extend(_build_groups(adapters, members, names, tolerance))
+        for (members, _), names in stackable_layers(adapters).items():
+            groups.extend(build_groups(adapters, members, names, tolerance))
         if not groups:
             raise AdapterError("The adapters change no layer at all; there is nothing to merge.")
         return cls(adapters, groups)
@@ -227,6 +188,58 @@ class CoreSpace:
             source="a merge by sstmerge",
         )
 
+    def restrict(self, outputs: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> CoreSpace:
+        """Return the subspace of some layers and, in each of them, some basis vectors.
+
+        Args:
+            outputs: Indices of the output basis vectors that are kept, shape (k_o,), by layer; equally many in all layers
+                of a group. Layers that are not named are left out.
+            inputs: The same for input basis vectors, shape (k_i,).
+
+        Returns:
+            The subspace; an adapter's coordinates in it are those of its orthogonal projection.
+        """
+        groups = []
+        for group in self.groups:
+            kept = [i for i, name in enumerate(group.names) if name in outputs]
+            if not kept:
+                continue
+            rows = torch.stack([outputs[group.names[i]] for i in kept])[:, None, :]
+            columns = torch.stack([inputs[group.names[i]] for i in kept])[:, None, :]
+            groups.append(
+                LayerGroup(
+                    names=tuple(group.names[i] for i in kept),
+                    members=group.members,
+                    U=_gather(group.U[kept], rows),
+                    V=_gather(group.V[kept], columns),
+                    output_transform=_gather(group.output_transform[kept], rows),
+                    input_transform=_gather(group.input_transform[kept], columns),
+                )
+            )
+        return CoreSpace(self.adapters, groups)
+
+    def embed(self, vector: Tensor, other: CoreSpace) -> Tensor:
+        """Express a vector of another space of the same adapters in this one.
+
+        Args:
+            vector: Coordinates in `other`.
+            other: The other space: a subspace of this one, or one that this is a subspace of.
+
+        Returns:
+            Coordinates here of its orthogonal projection, shape (D,); exact if `other` is a subspace.
+        """
+        place = {name: (g, i) for g, group in enumerate(self.groups) for i, name in enumerate(group.names)}
+        cores = [core.clone() for core in self.split(self.zero())]
+        for group, part in zip(other.groups, other.split(vector.double()), strict=True):
+            for i, name in enumerate(group.names):
+                if name not in place:
+                    continue
+                g, j = place[name]
+                left = self.groups[g].U[j].double().mT @ group.U[i].double()
+                right = group.V[i].double().mT @ self.groups[g].V[j].double()
+                cores[g][j] = left @ part[i] @ right
+        return self.join(cores)
+
     @property
     def fingerprint(self) -> str:
         """SHA-256 of the adapters' contents, in any order."""
@@ -283,7 +296,7 @@ class CoreSpace:
         for i, entry in enumerate(recorded["groups"]):
             members = tuple((int(index), int(rank)) for index, rank in entry["members"])
             names = tuple(entry["names"])
-            left, right = _stack(ordered, members, names)
+            left, right = stack_factors(ordered, members, names)
             output, input_ = tensors[f"basis.output.{i}"], tensors[f"basis.input.{i}"]
             groups.append(LayerGroup(names, members, (left @ output).float(), (right @ input_).float(), output, input_))
         return cls(ordered, groups)
@@ -325,111 +338,6 @@ def _common_dtype(adapters: Sequence[Adapter]) -> torch.dtype:
     return dtype
 
 
-def _stackable_layers(adapters: Sequence[Adapter]) -> dict[tuple[Members, tuple[int, int]], list[str]]:
-    """Group layer names by who adapts them with which rank, and by the layer's shape."""
-    names = sorted({path for adapter in adapters for path in adapter.layers}, key=natural_order)
-    stackable: dict[tuple[Members, tuple[int, int]], list[str]] = {}
-    for path in names:
-        present = [(i, a.layers[path]) for i, a in enumerate(adapters) if path in a.layers]
-        members = tuple((i, factors.rank) for i, factors in present)
-        stackable.setdefault((members, present[0][1].shape), []).append(path)
-    return stackable
-
-
-def _stack(adapters: Sequence[Adapter], members: Members, names: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """Return [B_1 … B_T] (L, d_out, Σr) and [A_1ᵀ … A_Tᵀ] (L, d_in, Σr) in float64."""
-    left = [torch.stack([adapters[i].layers[n].B for n in names]).double() for i, _ in members]
-    right = [torch.stack([adapters[i].layers[n].A for n in names]).double().mT for i, _ in members]
-    return torch.cat(left, dim=2), torch.cat(right, dim=2)
-
-
-def _build_groups(
-    adapters: Sequence[Adapter], members: Members, names: Sequence[str], tolerance: float
-) -> list[LayerGroup]:
-    """Orthonormalise a batch of equally stacked layers and cut it by the ranks that were found."""
-    left, right = _stack(adapters, members, names)
-    scaling = torch.tensor([[adapters[i].layers[n].scaling for i, _ in members] for n in names], dtype=torch.float64)
-    left_gram, right_gram = left.mT @ left, right.mT @ right
-    ranks = [rank for _, rank in members]
-    inverse_norms = _inverse_norms(left_gram, right_gram, ranks, scaling)
-    output_transform, output_rank = _singular_transform(left_gram, right_gram, ranks, inverse_norms, tolerance)
-    input_transform, input_rank = _singular_transform(right_gram, left_gram, ranks, inverse_norms, tolerance)
-    by_rank: dict[tuple[int, int], list[int]] = {}
-    for layer, pair in enumerate(zip(output_rank.tolist(), input_rank.tolist(), strict=True)):
-        if min(pair) > 0:
-            by_rank.setdefault(pair, []).append(layer)
-    groups = []
-    for (rows, columns), chosen in by_rank.items():
-        index = torch.tensor(chosen)
-        output, input_ = (
-            output_transform[index, :, :rows].contiguous(),
-            input_transform[index, :, :columns].contiguous(),
-        )
-        groups.append(
-            LayerGroup(
-                names=tuple(names[i] for i in chosen),
-                members=members,
-                U=(left[index] @ output).float(),
-                V=(right[index] @ input_).float(),
-                output_transform=output,
-                input_transform=input_,
-            )
-        )
-    return groups
-
-
-def _inverse_norms(left_gram: Tensor, right_gram: Tensor, ranks: Sequence[int], scaling: Tensor) -> Tensor:
-    """Return s_t / ‖ΔW_t‖_F for every layer and adapter, 0 where ΔW_t is zero; shape (L, T)."""
-    norms = []
-    offset = 0
-    for t, rank in enumerate(ranks):
-        block = slice(offset, offset + rank)
-        squared = (left_gram[:, block, block] * right_gram[:, block, block]).sum(dim=(1, 2)).clamp_min(0)
-        norms.append(scaling[:, t].abs() * squared.sqrt())
-        offset += rank
-    norm = torch.stack(norms, dim=1)
-    return torch.where(norm > 0, scaling / norm.where(norm > 0, 1.0), 0.0)
-
-
-def _singular_transform(
-    gram: Tensor, other_gram: Tensor, ranks: Sequence[int], inverse_norms: Tensor, tolerance: float
-) -> tuple[Tensor, Tensor]:
-    """Return T so that [B_1 … B_T] T has the left singular vectors of [ΔW_t / ‖ΔW_t‖]_t as columns, and their number.
-
-    With K = blockdiag(w_t² A_t A_tᵀ) the stacked weight changes satisfy Σ_t w_t² ΔW_t ΔW_tᵀ = (B K^½)(B K^½)ᵀ, whose
-    small Gram matrix K^½ BᵀB K^½ (Σr x Σr) gives the singular vectors.
-
-    Args:
-        gram: BᵀB of the stack, shape (L, Σr, Σr).
-        other_gram: A Aᵀ of the other factor's stack, shape (L, Σr, Σr).
-        ranks: Rank of every adapter in the stack.
-        inverse_norms: Weights w_t, shape (L, T).
-        tolerance: Singular values up to this are left out.
-
-    Returns:
-        The transform, shape (L, Σr, Σr), columns by falling singular value; and the rank per layer, shape (L,).
-    """
-    root = torch.zeros_like(gram)
-    offset = 0
-    for t, rank in enumerate(ranks):
-        block = slice(offset, offset + rank)
-        values, vectors = torch.linalg.eigh(other_gram[:, block, block])
-        weighted = inverse_norms[:, t, None].abs() * values.clamp_min(0).sqrt()
-        root[:, block, block] = (vectors * weighted[:, None, :]) @ vectors.mT
-        offset += rank
-    squared, vectors = torch.linalg.eigh(root @ gram @ root)
-    squared, vectors = squared.flip(-1), vectors.flip(-1)
-    kept = squared > tolerance**2
-    inverse = torch.where(kept, squared.where(kept, 1.0).rsqrt(), 0.0)
-    transform = root @ vectors * inverse[:, None, :]
-    # Dividing by small singular values costs orthogonality; one symmetric correction restores it to rounding.
-    identity = torch.eye(gram.shape[-1], dtype=gram.dtype)
-    overlap = transform.mT @ gram @ transform + torch.diag_embed((~kept).to(gram.dtype))
-    values, rotation = torch.linalg.eigh(overlap)
-    correction = (rotation * values.clamp_min(torch.finfo(gram.dtype).eps).rsqrt()[:, None, :]) @ rotation.mT
-    return transform @ torch.where(kept[:, :, None] & kept[:, None, :], correction, identity), kept.sum(dim=1)
-
-
 def _largest_rank(singular_values: Sequence[Tensor]) -> int:
     """Return the largest numerical rank of all cores, at least 1; float32 bases carry 1e-7 of rounding."""
     largest = 1
@@ -437,6 +345,11 @@ def _largest_rank(singular_values: Sequence[Tensor]) -> int:
         top = values.amax(dim=1, keepdim=True)
         largest = max(largest, int((values > 1e-7 * top).sum(dim=1).max()))
     return largest
+
+
+def _gather(bases: Tensor, columns: Tensor) -> Tensor:
+    """Pick columns (L, 1, k) of a batch of matrices (L, n, R)."""
+    return bases.gather(2, columns.expand(-1, bases.shape[1], -1)).contiguous()
 
 
 def _pad(factors: Tensor, rank: int, *, dim: int) -> Tensor:

@@ -106,8 +106,8 @@ def check(
     from sstmerge.pipeline.evaluate import write_json
     from sstmerge.pipeline.evaluate_job import adapter_state
     from sstmerge.pipeline.generate import generate
-    from sstmerge.pipeline.merge import load_named
     from sstmerge.pipeline.models import load_model, load_tokenizer
+    from sstmerge.pipeline.roles import load_named
 
     named = {adapter.name: adapter for adapter in load_named(utility or [], safety)}
     sets = load_all(harm, split=split, limit=limit), load_all(benign, split=split, limit=limit)

@@ -80,6 +80,14 @@ def merge(
     completion_tokens: Annotated[
         int, typer.Option("--completion-tokens", help="Longest generated response of a benign prompt without one.")
     ] = 32,
+    module_share: Annotated[
+        float | None,
+        typer.Option("--module-share", help="Collect only in this share of the modules, chosen on a pilot."),
+    ] = None,
+    dimension_share: Annotated[
+        float, typer.Option("--dimension-share", help="Share of the basis vectors of each chosen module.")
+    ] = 1.0,
+    pilot: Annotated[int, typer.Option("--pilot", help="Sequences of each kind in the pilot.")] = 16,
     split: Split = None,
     limit: Limit = None,
     dtype: Dtype = "auto",
@@ -110,6 +118,9 @@ def merge(
         weight_sharing=weight_sharing,
         completion_tokens=completion_tokens,
         seed=seed,
+        module_share=module_share,
+        dimension_share=dimension_share,
+        pilot=pilot,
     )
     shared: dict[str, Any] = {
         "utility": utility or [],

@@ -25,8 +25,9 @@ from sstmerge.merging.baselines import dare, task_arithmetic, ties
 from sstmerge.pipeline.calibration import CollectionOptions, Progress, batches_of, collect_pair, no_progress
 from sstmerge.pipeline.evaluate import Evaluation, PromptSets, write_json
 from sstmerge.pipeline.evaluate_job import BASE, core_state, evaluate_states
-from sstmerge.pipeline.merge import MergeResult, Roles, finish, load_roles
+from sstmerge.pipeline.merge import MergeResult, finish
 from sstmerge.pipeline.models import load_model, load_tokenizer
+from sstmerge.pipeline.roles import Roles, load_roles
 from sstmerge.prompts import load_examples
 
 # The scales of the safety adapter that every method is swept over.

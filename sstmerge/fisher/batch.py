@@ -28,6 +28,10 @@ class Batch:
     index: Tensor
     weight: Tensor
 
+    def select(self, rows: Tensor) -> Batch:
+        """Return the batch of the sequences where `rows` (B,), bool, is True."""
+        return replace(self, **{name: getattr(self, name)[rows] for name in self.__dataclass_fields__})
+
     def to(self, device: torch.device | str) -> Batch:
         """Return the batch with every tensor on `device`."""
         return replace(self, **{name: getattr(self, name).to(device) for name in self.__dataclass_fields__})

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -38,6 +39,7 @@ def collect_fisher(
     structure: str = "global",
     labels: str = "data",
     reference: str | Tensor = "base",
+    reference_space: CoreSpace | None = None,
     draws: int = 1,
     weight_sharing: str = "expand",
     basis: KroneckerBasis | None = None,
@@ -58,6 +60,8 @@ def collect_fisher(
             KL(p_reference ‖ p). Kunstner et al. 2019, https://arxiv.org/abs/1905.12558, on why they differ.
         reference: Where scores are taken: `base`, an adapter's name, `A+0.5*B`, `path:A:B:n`, or
             the coordinates of a point, shape (D,).
+        reference_space: The space that the reference is a point of, where `space` is only part of it (a module filter);
+            `space` itself by default.
         draws: Draws of the labels per forward pass, for `sampled`.
         weight_sharing: For `kfac`: `expand` or `reduce`.
         basis: For `ekfac`: the Kronecker basis to refit in (`KroneckerSpectrum.basis`).
@@ -75,7 +79,8 @@ def collect_fisher(
     kind = parse_structure(structure)
     sharing = _parse_sharing(weight_sharing)
     _check_options(kind, labels, draws, basis, batches)
-    points = reference_points(reference, space) if isinstance(reference, str) else [reference]
+    home = reference_space or space
+    points = reference_points(reference, home) if isinstance(reference, str) else [reference]
     accumulator = Accumulator(
         kind, [group.core_shape for group in space.groups], weight_sharing=sharing, basis=basis, device=_device(model)
     )
@@ -84,7 +89,7 @@ def collect_fisher(
     head = Head(model)
     with frozen(model):
         for number, point in enumerate(points):
-            with installed_taps(model, space, point, record=True) as taps:
+            with _taps_at(model, space, home, point) as taps:
                 for batch in batches:
                     run = _BatchScores(model, head, taps, batch.to(_device(model)), seed * len(points) + number)
                     counts = counts + run.collect(accumulator, labels, draws)
@@ -105,6 +110,17 @@ def collect_fisher(
         **(metadata or {}),
     }
     return Fisher(kind, space, statistics, counts, recorded)
+
+
+@contextmanager
+def _taps_at(model: nn.Module, space: CoreSpace, home: CoreSpace, point: Tensor) -> Iterator[Taps]:
+    """Install recording taps of `space` on a model that behaves as a point of `home`."""
+    if home is space:
+        with installed_taps(model, space, point, record=True) as taps:
+            yield taps
+    else:
+        with installed_taps(model, home, point), installed_taps(model, space, record=True) as taps:
+            yield taps
 
 
 class _BatchScores:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from sstmerge.adapters import CoreSpace
 from sstmerge.errors import InputError
 from sstmerge.fisher import Batch, Fisher, collect_fisher, installed_taps, reference_points
 from sstmerge.gevp import KroneckerSpectrum, solve
+from sstmerge.merging import ModuleFilter, module_filter
 from sstmerge.pipeline.generate import generate
 from sstmerge.prompts import (
     Example,
@@ -47,6 +47,9 @@ class CollectionOptions:
         weight_sharing: `expand` or `reduce`, for `kfac`.
         completion_tokens: Longest response that is generated for a benign prompt without one.
         seed: Seed of the sampled labels.
+        module_share: Collect only in this share of the modules, the best of a pilot; None for all.
+        dimension_share: Share of the basis vectors of each of them.
+        pilot: Sequences of each kind in the pilot.
     """
 
     structure: str = "global"
@@ -58,6 +61,9 @@ class CollectionOptions:
     weight_sharing: str = "expand"
     completion_tokens: int = 32
     seed: int = 0
+    module_share: float | None = None
+    dimension_share: float = 1.0
+    pilot: int = 16
 
 
 def load_all(paths: str | Path | Sequence[str | Path], *, split: str | None, limit: int | None) -> list[Example]:
@@ -131,6 +137,7 @@ def collect_pair(
     benign: Sequence[Batch],
     options: CollectionOptions,
     *,
+    home: CoreSpace | None = None,
     progress: Progress = no_progress,
 ) -> tuple[Fisher, Fisher]:
     """Collect F_gain (labels from the data) and F_cost (labels sampled from the model) at one reference.
@@ -143,6 +150,7 @@ def collect_pair(
         harm: Harmful prompts with refusals.
         benign: Benign prompts with responses.
         options: How.
+        home: The space that the reference is a point of, where `space` is only part of it.
         progress: Progress.
 
     Returns:
@@ -153,7 +161,9 @@ def collect_pair(
     """
     basis = None
     if options.structure == "ekfac":
-        first = collect_pair(model, space, harm, benign, _with_structure(options, "kfac"), progress=progress)
+        first = collect_pair(
+            model, space, harm, benign, replace(options, structure="kfac"), home=home, progress=progress
+        )
         spectrum = solve(*first)
         if not isinstance(spectrum, KroneckerSpectrum):
             raise InputError("An EK-FAC basis comes from a pair of kfac Fishers.")
@@ -168,6 +178,7 @@ def collect_pair(
                 structure=options.structure,
                 labels=labels,
                 reference=options.reference,
+                reference_space=home,
                 draws=options.draws if labels == "sampled" else 1,
                 weight_sharing=options.weight_sharing,
                 basis=basis,
@@ -179,10 +190,35 @@ def collect_pair(
     return fishers[0], fishers[1]
 
 
-def _with_structure(options: CollectionOptions, structure: str) -> CollectionOptions:
-    return CollectionOptions(**{**vars(options), "structure": structure})
+def choose_modules(
+    model: nn.Module,
+    space: CoreSpace,
+    harm: Sequence[Batch],
+    benign: Sequence[Batch],
+    options: CollectionOptions,
+    *,
+    progress: Progress = no_progress,
+) -> ModuleFilter:
+    """Choose modules and basis vectors on a pilot of the first sequences.
+
+    Args:
+        model: The base model.
+        space: The whole core space.
+        harm: Harmful prompts with refusals.
+        benign: Benign prompts with responses.
+        options: `module_share`, `dimension_share` and `pilot`.
+        progress: Progress.
+
+    Returns:
+        The filter.
+    """
+    few_harm, few_benign = _first_sequences(harm, options.pilot), _first_sequences(benign, options.pilot)
+    pair = collect_pair(model, space, few_harm, few_benign, replace(options, structure="diagonal"), progress=progress)
+    share = 1.0 if options.module_share is None else options.module_share
+    return module_filter(*pair, modules=share, dimensions=options.dimension_share)
 
 
-def seed_everything(seed: int) -> None:
-    """Seed torch, for whatever a model draws by itself."""
-    torch.manual_seed(seed)
+def _first_sequences(batches: Sequence[Batch], count: int) -> list[Batch]:
+    """Keep the sequences whose index is below `count`."""
+    kept = [batch.select(batch.index < count) for batch in batches]
+    return [batch for batch in kept if len(batch.index)]

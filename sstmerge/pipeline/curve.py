@@ -9,12 +9,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from matplotlib.figure import Figure
+from torch import Tensor
 
 from sstmerge.adapters import save_adapter
 from sstmerge.atomic import atomic_directory
 from sstmerge.errors import InputError
+from sstmerge.gevp import Spectrum
 from sstmerge.merging import Merge, MergeReport, Rule, Selection, merge_cores, parse_rule
-from sstmerge.pipeline.merge import AdapterSource, load_solved
+from sstmerge.merging.selection import efficiency_order
+from sstmerge.pipeline.merge import load_solved
+from sstmerge.pipeline.roles import AdapterSource
 
 
 @dataclass(frozen=True)
@@ -71,7 +75,7 @@ def trade_off_curve(
         cost: Fisher file of benign prompts.
         utility: Utility adapters.
         safety: The safety adapter.
-        out: Directory for `curve.csv`, `curve.json`, `curve.png` and, if asked for, one adapter per point.
+        out: Directory for `curve.csv`, `curve.json`, `curve.png`, `spectrum.png` and, if asked for, one adapter per point.
         budgets: Predicted benign KLs; exactly one of budgets and scales.
         scales: Factors of the safety adapter.
         rule: `project`, `wiener` or `joint`.
@@ -120,6 +124,7 @@ def trade_off_curve(
         reports = [{"method": method, **merged.report.to_dict()} for method, merged in merges]
         (folder / "curve.json").write_text(json.dumps(reports, indent=2) + "\n")
         draw_curve(points).savefig(folder / "curve.png", dpi=150)
+        draw_spectrum(spectrum, roles.safety).savefig(folder / "spectrum.png", dpi=150)
         if write_adapters:
             for number, (method, merged) in enumerate(merges):
                 adapter = roles.space.to_adapter(merged.core, name=method, rank=rank)
@@ -149,6 +154,34 @@ def draw_curve(points: Sequence[CurvePoint]) -> Figure:
         axis.set_xlabel("predicted KL on benign data, nats per token")
         axis.grid(alpha=0.3)
     left.legend()
+    return figure
+
+
+def draw_spectrum(spectrum: Spectrum, safety: Tensor) -> Figure:
+    """Draw the eigenvalues, and how much of the safety adapter's gain and cost the best directions hold.
+
+    Args:
+        spectrum: The solved pair.
+        safety: The safety adapter, shape (D,).
+
+    Returns:
+        The figure.
+    """
+    order = efficiency_order(spectrum.eigenvalues)
+    eigenvalues, squares = spectrum.eigenvalues[order], spectrum.coordinates(safety)[order].square()
+    gain, cost = (eigenvalues * squares).cumsum(0), squares.cumsum(0)
+    rank = range(1, len(order) + 1)
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    positive = eigenvalues.clamp_min(float(eigenvalues[0]) * 1e-12)
+    left.loglog(rank, positive)
+    left.set(xlabel="direction, by falling λ", ylabel="λ, gain per unit of cost")
+    right.semilogx(rank, gain / gain[-1], label="gain energy")
+    right.semilogx(rank, cost / cost[-1], label="cost energy")
+    right.set(xlabel="directions kept", ylabel="share of the listed directions' energy")
+    right.legend()
+    for axis in (left, right):
+        axis.grid(alpha=0.3)
     return figure
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from sstmerge.adapters import Adapter, CoreSpace, adapter_from_model, load_adapter, save_adapter
+from sstmerge.adapters import Adapter, save_adapter
 from sstmerge.atomic import refuse_existing
 from sstmerge.errors import FisherError, InputError
 from sstmerge.fisher import Fisher
@@ -21,6 +21,7 @@ from sstmerge.pipeline.calibration import (
     CollectionOptions,
     Progress,
     batches_of,
+    choose_modules,
     collect_pair,
     complete,
     load_all,
@@ -28,9 +29,9 @@ from sstmerge.pipeline.calibration import (
 )
 from sstmerge.pipeline.models import load_model, load_tokenizer
 from sstmerge.pipeline.refit import RefitOptions, refit_cores
+from sstmerge.pipeline.roles import AdapterSource, Roles, expand_reference, load_named, load_roles, roles_in
 
 REPORT_FILE = "sstmerge_report.json"
-AdapterSource = str | Path | Adapter | nn.Module
 
 
 @dataclass(frozen=True)
@@ -74,23 +75,6 @@ class MergeResult:
         """
         report = json.dumps(self.report(), indent=2) + "\n"
         return save_adapter(self.adapter, directory, overwrite=overwrite, extra_files={REPORT_FILE: report})
-
-
-@dataclass(frozen=True)
-class Roles:
-    """The adapters of a merge in their space.
-
-    Attributes:
-        space: The core space of all of them.
-        utility: Weighted sum of the utility adapters, shape (D,).
-        safety: The safety adapter, shape (D,).
-        reference: The utility model as a reference expression.
-    """
-
-    space: CoreSpace
-    utility: Tensor
-    safety: Tensor
-    reference: str
 
 
 def merge(
@@ -151,8 +135,10 @@ def merge(
     if out is not None:
         refuse_existing(out, overwrite=overwrite)
     parsed = parse_rule(rule)
+    if parsed is Rule.REFIT and options.module_share is not None:
+        raise InputError("The rule 'refit' works in the whole space; leave out the module filter.")
     roles = load_roles(utility, safety, utility_weights, ignore_base_name=ignore_base_name)
-    options = CollectionOptions(**{**vars(options), "reference": expand_reference(options.reference, roles)})
+    options = replace(options, reference=expand_reference(options.reference, roles))
     harm_examples = load_all(harm, split=split, limit=limit)
     benign_examples = load_all(benign, split=split, limit=limit)
     model, tokenizer = _model_and_tokenizer(base, tokenizer)
@@ -169,8 +155,12 @@ def merge(
     )
     harm_batches = batches_of(model, tokenizer, harm_examples, options)
     benign_batches = batches_of(model, tokenizer, benign_examples, options)
-    gain, cost = collect_pair(model, roles.space, harm_batches, benign_batches, options, progress=progress)
-    spectrum = solve(gain, cost, damping=damping)
+    space, notes = roles.space, list[str]()
+    if options.module_share is not None:
+        chosen = choose_modules(model, space, harm_batches, benign_batches, options, progress=progress)
+        space, notes = chosen.space, [chosen.sentence()]
+    pair = collect_pair(model, space, harm_batches, benign_batches, options, home=roles.space, progress=progress)
+    spectrum = solve(*pair, damping=damping)
     if parsed is Rule.REFIT:
         merged = refit_cores(
             model,
@@ -185,11 +175,46 @@ def merge(
             progress=progress,
         )
     else:
-        merged = merge_cores(spectrum, roles.utility, roles.safety, rule=parsed, scale=scale, selection=selection)
+        merged = merge_in_part(roles, spectrum, rule=parsed, scale=scale, selection=selection, notes=notes)
     result = finish(roles, merged, spectrum, rank=rank, stability=stability)
     if out is not None:
         result.save(out, overwrite=overwrite)
     return result
+
+
+def merge_in_part(
+    roles: Roles,
+    spectrum: Spectrum,
+    *,
+    rule: Rule,
+    scale: float | None = None,
+    selection: Selection = Selection(),  # noqa: B008 (frozen)
+    notes: Sequence[str] = (),
+) -> Merge:
+    """Merge where the spectrum's space may be only a part of the adapters' space (a module filter).
+
+    The safety adapter enters with its projection on that part; the utility adapters are kept whole.
+
+    Args:
+        roles: The adapters in their whole space.
+        spectrum: The solved pair of Fishers.
+        rule: `project`, `wiener` or `joint`.
+        scale: Factor of the safety adapter.
+        selection: Which directions.
+        notes: Sentences to add to the report's warnings.
+
+    Returns:
+        The merged point of the whole space.
+    """
+    part = spectrum.space
+    utility, safety = (
+        part.embed(v, roles.space) if part is not roles.space else v for v in (roles.utility, roles.safety)
+    )
+    merged = merge_cores(spectrum, utility, safety, rule=rule, scale=scale, selection=selection)
+    report = replace(merged.report, warnings=(*notes, *merged.report.warnings))
+    if part is roles.space:
+        return Merge(merged.core, report)
+    return Merge(roles.utility + roles.space.embed(merged.core - utility, part), report)
 
 
 def merge_from_fishers(
@@ -282,67 +307,8 @@ def load_solved(
         raise FisherError(f"'{gain}' and '{cost}' were collected on different base models; collect one of them again.")
     space = gain_fisher.space
     names = [adapter.name for adapter in named]
-    roles = _roles(space, names[:-1], names[-1], utility_weights)
+    roles = roles_in(space, names[:-1], names[-1], utility_weights)
     return roles, solve(gain_fisher, cost_fisher, damping=damping)
-
-
-def load_roles(
-    utility: AdapterSource | Sequence[AdapterSource],
-    safety: AdapterSource,
-    utility_weights: Sequence[float] | None = None,
-    *,
-    ignore_base_name: bool = False,
-) -> Roles:
-    """Load the adapters of a merge and build their space.
-
-    Args:
-        utility: Utility adapters.
-        safety: The safety adapter.
-        utility_weights: One weight per utility adapter.
-        ignore_base_name: Accept different base model names.
-
-    Returns:
-        The roles.
-    """
-    named = load_named(utility, safety)
-    space = CoreSpace.of(named, ignore_base_name=ignore_base_name)
-    names = [adapter.name for adapter in named]
-    return _roles(space, names[:-1], names[-1], utility_weights)
-
-
-def load_named(utility: AdapterSource | Sequence[AdapterSource], safety: AdapterSource) -> list[Adapter]:
-    """Load adapters under the names of their roles: `utility` (`utility1`, … for several), last `safety`.
-
-    Args:
-        utility: Utility adapters.
-        safety: The safety adapter.
-
-    Returns:
-        The adapters.
-    """
-    single = isinstance(utility, str | Path | Adapter | nn.Module)
-    sources = [utility] if single else list(utility)  # type: ignore[arg-type]
-    names = ["utility"] if len(sources) == 1 else [f"utility{i + 1}" for i in range(len(sources))]
-    loaded = [_load(source, name) for source, name in zip(sources, names, strict=True)]  # type: ignore[arg-type]
-    return [*loaded, _load(safety, "safety")]
-
-
-def expand_reference(reference: str, roles: Roles) -> str:
-    """Replace the word `utility` in a reference by the weighted sum of all utility adapters.
-
-    Args:
-        reference: A reference, such as `utility` or `path:utility:utility+safety:3`.
-        roles: The adapters.
-
-    Returns:
-        The reference in terms of adapter names.
-    """
-    names = {adapter.name for adapter in roles.space.adapters}
-    if "utility" in names and roles.reference == "utility":
-        return reference
-    parts = reference.split(":")
-    expanded = ["+".join(roles.reference if t.strip() == "utility" else t for t in p.split("+")) for p in parts]
-    return ":".join(expanded)
 
 
 def finish(
@@ -366,34 +332,11 @@ def finish(
         agreement = split_half_stability(
             spectrum.gain,
             spectrum.cost,
-            roles.safety,
+            spectrum.space.embed(roles.safety, roles.space) if spectrum.space is not roles.space else roles.safety,
             directions=merged.report.directions,
             damping=spectrum.damping,
         )
     return MergeResult(adapter, merged, spectrum.gain, spectrum.cost, spectrum, agreement)
-
-
-def _roles(space: CoreSpace, utilities: Sequence[str], safety: str, weights: Sequence[float] | None) -> Roles:
-    weights = [1.0] * len(utilities) if weights is None else list(weights)
-    if len(weights) != len(utilities):
-        raise InputError(f"Expected one weight per utility adapter ({len(utilities)}), but got {len(weights)}.")
-    total = space.zero()
-    for weight, name in zip(weights, utilities, strict=True):
-        total += weight * space.core(name)
-    terms = [n if w == 1.0 else f"{w!r}*{n}" for w, n in zip(weights, utilities, strict=True)]
-    return Roles(space, total, space.core(safety), "+".join(terms) or "base")
-
-
-def _load(source: AdapterSource, name: str) -> Adapter:
-    if isinstance(source, nn.Module):
-        loaded = adapter_from_model(source)
-    elif isinstance(source, Adapter):
-        source.validate()
-        loaded = source
-    else:
-        loaded = load_adapter(source, name=name)
-    fields: Mapping[str, Any] = {f: getattr(loaded, f) for f in Adapter.__dataclass_fields__}
-    return Adapter(**{**fields, "name": name})
 
 
 def _model_and_tokenizer(base: str | nn.Module, tokenizer: Any) -> tuple[nn.Module, Any]:

@@ -12,8 +12,8 @@ from sstmerge.adapters import CoreSpace
 from sstmerge.fisher import reference_points
 from sstmerge.fisher.structures import Structure, parse_structure
 from sstmerge.pipeline.calibration import CollectionOptions, load_all
-from sstmerge.pipeline.merge import AdapterSource, expand_reference, load_roles
 from sstmerge.pipeline.models import load_tokenizer, parameter_count
+from sstmerge.pipeline.roles import AdapterSource, expand_reference, load_roles
 from sstmerge.prompts import Example, encode
 
 _UNLIMITED = 10**9
