@@ -1,4 +1,4 @@
-"""Wall time of the merge phase, Fishers at hand: pytest benchmarks/merge_phase.py --benchmark-only
+"""Wall time of the merge phase, Fishers at hand: `pytest benchmarks/merge_phase.py --benchmark-only`.
 
 Random adapters of the true shapes of SmolLM2-135M: 210 layers, r = 8, two adapters. Every benchmark asserts its result.
 `whole` is what `sstmerge merge --gain … --cost …` does after the files are read: space, solve, project, write back.

@@ -128,7 +128,7 @@ def evaluate_model(
     name: str,
     max_new_tokens: int = 16,
     utility_new_tokens: int = 40,
-    batch_size: int = 64,
+    batch_size: int = 128,
     kl_to_reference: float | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Evaluation:
@@ -157,17 +157,16 @@ def evaluate_model(
     for example in prompt_sets.utility:
         if example.response is None:
             raise DataError(f"{example.source} has no response; a utility task needs one to be compared with.")
-    completions = {
-        key: generate(
-            model,
-            tokenizer,
-            examples,
-            max_new_tokens=utility_new_tokens if key == "utility" else max_new_tokens,
-            batch_size=batch_size,
-            progress=progress,
-        )
-        for key, examples in sets.items()
-    }
+    # Prompts with answers of one length are decoded together, since a decoding step costs little more for more of them.
+    chat = [key for key in sets if key != "utility"]
+    completions: dict[str, list[str]] = {}
+    for keys, length in ((chat, max_new_tokens), ([key for key in sets if key == "utility"], utility_new_tokens)):
+        examples = [example for key in keys for example in sets[key]]
+        if not examples:
+            continue
+        answers = generate(model, tokenizer, examples, max_new_tokens=length, batch_size=batch_size, progress=progress)
+        for key in keys:
+            completions[key], answers = answers[: len(sets[key])], answers[len(sets[key]) :]
     return judge_completions(prompt_sets, completions, name=name, kl_to_reference=kl_to_reference)
 
 

@@ -57,7 +57,7 @@ def evaluate_states(
     kl_batches: Sequence[Batch] = (),
     max_new_tokens: int = 16,
     utility_new_tokens: int = 40,
-    batch_size: int = 64,
+    batch_size: int = 128,
     progress: Progress = no_progress,
 ) -> list[Evaluation]:
     """Evaluate every state of a model on the same prompts.
