@@ -30,12 +30,12 @@ from sstmerge.pipeline.models import load_model, load_tokenizer
 from sstmerge.pipeline.roles import Roles, load_roles
 from sstmerge.prompts import load_examples
 
-# The scales of the safety adapter that every method is swept over.
-SCALES = (0.8, 1.0, 1.2)
 # Fishers half way between the utility model and the sum, on the first response tokens only: at the utility model itself the
-# probability of a refusal is near zero, where the softmax is flat and F_cost blind to it (dev/LOG.md has the numbers).
+# probability of a refusal is near zero, where the softmax is flat and F_cost blind to it. Refusals of benign prompts are
+# rare there, too, so that one draw of the labels mostly misses them (dev/LOG.md has the numbers).
 REFERENCE = "path:utility:utility+safety:1"
 RESPONSE_TOKENS = 6
+DRAWS = 4
 # Prompts of every kind that are evaluated, unless the user asks for another number.
 PROMPTS = 40
 ANSWER_TOKENS, UTILITY_TOKENS = 16, 34
@@ -43,6 +43,13 @@ DARE_DROP_RATE = 0.5
 TIES_DENSITY = 0.5
 SST = "SST"
 TASK_ARITHMETIC = "task arithmetic"
+# Every method is swept over its own scales of the safety adapter, between refusing half and nearly all harmful prompts.
+SCALES = {
+    TASK_ARITHMETIC: (0.8, 1.0, 1.2),
+    "DARE (core)": (1.0, 1.2, 1.4),
+    "TIES (core)": (1.0, 1.2, 1.4),
+    SST: (1.0, 1.2, 1.4),
+}
 
 
 @dataclass(frozen=True)
@@ -125,7 +132,7 @@ def data_folder() -> Path:
 
 
 def _calibrate(model: nn.Module, tokenizer: Any, roles: Roles, data: Path, seed: int, progress: Progress) -> Spectrum:
-    options = CollectionOptions(reference=REFERENCE, response_tokens=RESPONSE_TOKENS, seed=seed)
+    options = CollectionOptions(reference=REFERENCE, response_tokens=RESPONSE_TOKENS, draws=DRAWS, seed=seed)
     harm = load_examples(str(data / "harmful.jsonl"), split="calibration")
     benign = [
         example
@@ -146,7 +153,7 @@ def _sweep(roles: Roles, spectrum: Spectrum, seed: int) -> dict[tuple[str, float
         "TIES (core)": lambda a: ties(space, [utility, safety], [1.0, a], density=TIES_DENSITY),
         SST: lambda a: merge_cores(spectrum, utility, safety, rule=Rule.PROJECT, scale=a, selection=Selection()).core,
     }
-    return {(method, a): merged(a) for method, merged in methods.items() for a in SCALES}
+    return {(method, a): merged(a) for method, merged in methods.items() for a in SCALES[method]}
 
 
 def _test_prompts(data: Path, limit: int) -> PromptSets:
