@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
-import click
 import typer
 import yaml
 from rich.console import Console
@@ -154,6 +153,3 @@ def fail_on(condition: bool, message: str) -> None:
     """
     if condition:
         raise InputError(message)
-
-
-__all__ = ["ConfigOption", "app", "click", "console", "error_console", "main", "parse_named", "progress_bars"]
