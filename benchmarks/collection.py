@@ -11,7 +11,7 @@ Three bare passes over the same batches, none of them with weight gradients:
     PEFT       the bare pass of a PeftModel that carries the utility adapter
 
 Runs are interleaved; each repetition's ratio is taken within the repetition, and the median is reported. Peak memory is
-the resident set's maximum of a fresh process per variant, less that after loading.
+the resident set's maximum of a fresh process per variant, less the resident set after loading (Linux only).
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ import argparse
 import json
 import multiprocessing
 import platform
-import resource
 import statistics
 import time
 from collections.abc import Callable
@@ -129,10 +128,18 @@ def variants(base: str, limit: int) -> dict[str, Callable[[], None]]:
 
 
 def peak(base: str, limit: int, name: str, queue) -> None:
+    """Put the growth of the resident set's maximum into the queue, in KiB (Linux)."""
     runs = variants(base, limit)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # ru_maxrss survives exec, so it would show the parent's maximum; the kernel's high-water mark can be reset.
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _status("VmRSS")
     runs[name]()
-    queue.put(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+    queue.put(_status("VmHWM") - before)
+
+
+def _status(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(field + ":")).split()[1])
 
 
 def main() -> None:
