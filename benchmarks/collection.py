@@ -72,7 +72,7 @@ def bare_head(model, batches: list[Batch]) -> None:
             hidden = captured[0][predicts]
             labels = batch.input_ids[:, 1:][batch.loss_mask[:, 1:]]
             weight = torch.ones(len(labels))
-            gradients, _ = label_scores(head, hidden, lambda p, rows, y=labels: y[rows][None], weight)
+            gradients = label_scores(head, hidden, lambda p, rows, y=labels: y[rows][None], weight)
             hidden.backward(gradients[0])
 
 

@@ -9,6 +9,7 @@ import typer
 from rich.table import Table
 
 from sstmerge.cli.app import ConfigOption, app, console, error_console, fail_on, parse_named, progress_bars
+from sstmerge.errors import InputError
 
 Base = Annotated[str | None, typer.Option("--base", help="Base model: directory or hub id.")]
 Dtype = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")]
@@ -345,5 +346,4 @@ def _numbers(text: str | None, option: str) -> list[float] | None:
     try:
         return [float(part) for part in text.split(",")]
     except ValueError:
-        fail_on(True, f"{option} expects comma-separated numbers, but got '{text}'.")
-        return None
+        raise InputError(f"{option} expects comma-separated numbers, but got '{text}'.") from None

@@ -146,7 +146,7 @@ class _BatchScores:
         weight = self.root_weight[self.rows] * scale
         self.taps.clear()
         draw = self._sampled(draws) if labels == "sampled" else self._given(draws)
-        gradients, _ = label_scores(self.head, hidden, draw, weight, draws=draws)
+        gradients = label_scores(self.head, hidden, draw, weight, draws=draws)
         head_records = self._take_records()  # where the head itself is adapted
         counts = Counts.zero()
         for k in range(draws):

@@ -86,7 +86,7 @@ class Head:
 
 def label_scores(
     head: Head, hidden: Tensor, draw: Callable[[Tensor, slice], Tensor], weight: Tensor, *, draws: int = 1
-) -> tuple[Tensor, Tensor]:
+) -> Tensor:
     """Return the gradients of Σ w log p(label) with respect to the hidden states, one per draw of the labels.
 
     Args:
@@ -98,10 +98,9 @@ def label_scores(
         draws: Number of draws K.
 
     Returns:
-        Gradients, shape (K, N, d), and log-probabilities of the drawn labels, shape (K, N), float32.
+        Gradients, shape (K, N, d).
     """
     gradients = torch.empty((draws, *hidden.shape), dtype=hidden.dtype, device=hidden.device)
-    log_probability = torch.empty((draws, hidden.shape[0]), dtype=torch.float32, device=hidden.device)
     rows_per_chunk = max(1, LOGITS_CHUNK // head.vocabulary)
     for start in range(0, hidden.shape[0], rows_per_chunk):
         rows = slice(start, min(start + rows_per_chunk, hidden.shape[0]))
@@ -111,14 +110,13 @@ def label_scores(
         probability = torch.softmax(logits.detach(), dim=-1)
         labels = draw(probability, rows)
         picked = labels.mT  # (n, K)
-        log_probability[:, rows] = probability.gather(1, picked).clamp_min(torch.finfo(torch.float32).tiny).log().mT
         for k in range(draws):
             last = k == draws - 1
             score = probability.neg_() if last else -probability
             score.scatter_add_(1, picked[:, k : k + 1], torch.ones_like(score[:, :1]))
             score *= weight[rows, None]
             (gradients[k, rows],) = torch.autograd.grad(logits, chunk, score, retain_graph=not last)
-    return gradients, log_probability
+    return gradients
 
 
 def _logit_postprocessing(model: nn.Module) -> Callable[[Tensor], Tensor]:
