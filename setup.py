@@ -20,11 +20,12 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 from setuptools.errors import CompileError
 
 SOURCES = Path(__file__).resolve().parent / "csrc"
-CPU_SOURCES = ("module.cpp", "lapack.cpp", "generalized_eigh.cpp")
-CUDA_SOURCES = ("cuda/runtime.cu",)
+CPU_SOURCES = tuple(path.name for path in sorted(SOURCES.glob("*.cpp")))
+CUDA_SOURCES = tuple(f"cuda/{path.name}" for path in sorted((SOURCES / "cuda").glob("*.cu")))
 CUDA_STUBS = ("cuda/runtime_stub.cpp",)
 
 
@@ -83,6 +84,19 @@ def find_cuda() -> tuple[str, Path]:
         for library in Path(root).resolve().glob(f"{folder}/libcudart_static.a"):
             return nvcc, library
     raise CudaUnavailableError(f"{nvcc} was found, but libcudart_static.a was not found in its toolkit")
+
+
+class BuildPackage(build_py):  # type: ignore[misc]  # setuptools is untyped here
+    """Puts the kernels' sources into the package, where NVRTC compiles them on machines without nvcc."""
+
+    def run(self) -> None:
+        """Copy the package, then the kernels; an editable install reads them from the checkout."""
+        super().run()
+        if not self.editable_mode:
+            kernels = Path(self.build_lib) / "sstmerge" / "kernels"
+            kernels.mkdir(parents=True, exist_ok=True)
+            for header in sorted((SOURCES / "cuda").glob("*.cuh")):
+                self.copy_file(str(header), str(kernels / header.name))
 
 
 class BuildExtension(build_ext):  # type: ignore[misc]  # setuptools is untyped here
@@ -181,4 +195,6 @@ class BuildExtension(build_ext):  # type: ignore[misc]  # setuptools is untyped 
             header.write_text(text, encoding="utf-8")
 
 
-setup(ext_modules=[Extension("sstmerge._C", sources=[])], cmdclass={"build_ext": BuildExtension})
+setup(
+    ext_modules=[Extension("sstmerge._C", sources=[])], cmdclass={"build_ext": BuildExtension, "build_py": BuildPackage}
+)

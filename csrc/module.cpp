@@ -2,7 +2,10 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <cstdint>
+#include <string>
+#include <tuple>
 
 #include "build_info.h"  // written by setup.py
 #include "cuda/runtime.h"
@@ -38,6 +41,19 @@ void define_generalized_eigh(py::module_& module, const char* name) {
                py::call_guard<py::gil_scoped_release>());
 }
 
+// Registers, bytes of local memory, and threads per block.
+std::tuple<int, int, int> cuda_kernel_attributes(const std::string& name, int device) {
+    const auto attributes = sstmerge::cuda::kernel_attributes(name, device);
+    return {attributes.registers, attributes.local_bytes, attributes.max_threads};
+}
+
+void cuda_launch(const std::string& name, std::array<unsigned, 3> grid, unsigned block, unsigned shared_bytes,
+                 int device, std::uintptr_t stream, const py::bytes& arguments) {
+    const std::string slots = arguments;
+    const py::gil_scoped_release without_lock;
+    sstmerge::cuda::launch(name, grid, block, shared_bytes, device, stream, slots);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
@@ -53,6 +69,10 @@ PYBIND11_MODULE(_C, module) {
     module.attr("NON_FINITE_INPUT") = static_cast<int>(sstmerge::SolveStatus::kNonFiniteInput);
     module.def("cuda_build_reason", &sstmerge::cuda::build_reason);
     module.def("cuda_device_count", &sstmerge::cuda::device_count, py::call_guard<py::gil_scoped_release>());
+    module.def("cuda_kernel_names", &sstmerge::cuda::kernel_names);
+    module.def("cuda_kernel_attributes", &cuda_kernel_attributes, "name"_a, "device"_a);
+    module.def("cuda_launch", &cuda_launch, "name"_a, "grid"_a, "block"_a, "shared_bytes"_a, "device"_a, "stream"_a,
+               "arguments"_a);
     module.def("bind_lapack", &bind_lapack, "ssygvd"_a, "dsygvd"_a);
     define_generalized_eigh<float>(module, "generalized_eigh_float32");
     define_generalized_eigh<double>(module, "generalized_eigh_float64");

@@ -17,6 +17,33 @@ def cuda_build_reason() -> str:
 def cuda_device_count() -> tuple[int, str]:
     """Return the number of usable CUDA devices and, where it is zero, the reason."""
 
+def cuda_kernel_names() -> list[str]:
+    """Return the names of all CUDA kernels in this build; empty where it has no CUDA."""
+
+def cuda_kernel_attributes(name: str, device: int) -> tuple[int, int, int]:
+    """Return registers per thread, bytes of local memory per thread and the largest number of threads per block.
+
+    Raises:
+        ValueError: There is no such kernel.
+        RuntimeError: CUDA refuses; the message holds its words.
+    """
+
+def cuda_launch(
+    name: str,
+    grid: tuple[int, int, int],
+    block: int,
+    shared_bytes: int,
+    device: int,
+    stream: int,
+    arguments: bytes,
+) -> None:
+    """Put a kernel on a stream; one 8-byte slot per parameter, each with the parameter's bytes at its start.
+
+    Raises:
+        ValueError: There is no such kernel, or it takes another number of arguments.
+        RuntimeError: CUDA refuses the launch; the message holds its words.
+    """
+
 def bind_lapack(ssygvd: object, dsygvd: object) -> None:
     """Take over scipy's LAPACK routines, given as the capsules of `scipy.linalg.cython_lapack.__pyx_capi__`.
 

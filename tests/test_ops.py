@@ -9,7 +9,7 @@ import torch
 
 from sstmerge import _C, ops, reference
 from sstmerge.errors import BackendError, InputError, SolverError
-from sstmerge.ops import SolveStatus
+from sstmerge.ops import SolveStatus, extension, launch
 
 EYE = torch.eye(3)
 
@@ -23,15 +23,15 @@ def without_extension(monkeypatch):
             raise ImportError("No module named 'sstmerge._C'")
         return importlib.__import__(name, fromlist=[""])
 
-    monkeypatch.setattr(ops.importlib, "import_module", import_module)
+    monkeypatch.setattr(extension.importlib, "import_module", import_module)
     clear_caches()
     yield
     clear_caches()
 
 
 def clear_caches() -> None:
-    ops._load_compiled.cache_clear()
-    ops._cpu_compiled_info.cache_clear()
+    extension.load_extension.cache_clear()
+    launch.compiled_launcher.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -102,7 +102,7 @@ def test_without_the_extension_auto_is_the_reference_and_the_name_is_an_error_wi
 
 
 def test_an_extension_of_another_version_is_not_used(monkeypatch):
-    monkeypatch.setattr(ops, "__version__", "99.0")
+    monkeypatch.setattr(extension, "__version__", "99.0")
     clear_caches()
     try:
         info = next(info for info in ops.backends() if info.name == "cpu_compiled")

@@ -1,8 +1,4 @@
-"""The executable specification: a plain-torch twin of every native op, on any device.
-
-The twins are the oracle of the tests, the check of `sstmerge doctor` and the implementation wherever nothing compiled
-is there. They expect valid arguments; `sstmerge.ops` validates.
-"""
+"""The twin of `sstmerge.ops.generalized_eigh`, its status codes and its result."""
 
 from __future__ import annotations
 
@@ -17,8 +13,6 @@ from sstmerge.errors import InputError, SolverError
 
 # Torch documents this name but leaves it out of the exports that type checkers see.
 LinAlgError = torch.linalg.LinAlgError  # type: ignore[attr-defined]
-
-__all__ = ["GeneralizedEigh", "SolveStatus", "filter_cores", "generalized_eigh"]
 
 
 class SolveStatus(IntEnum):
@@ -163,28 +157,3 @@ def _eigh(matrices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             except LinAlgError:
                 converged[problem] = False
     return eigenvalues, eigenvectors, converged
-
-
-def filter_cores(
-    cores: Tensor,
-    eigenvectors_out: Tensor,
-    metric_out: Tensor,
-    eigenvectors_in: Tensor,
-    metric_in: Tensor,
-    weights: Tensor,
-) -> Tensor:
-    """Compute `Q (w ∘ (Qᵀ D C X P)) Pᵀ`. See `sstmerge.ops.filter_cores`.
-
-    Args:
-        cores: C, shape (..., R_o, R_i).
-        eigenvectors_out: Q, shape (..., R_o, R_o).
-        metric_out: D, shape (..., R_o, R_o).
-        eigenvectors_in: P, shape (..., R_i, R_i).
-        metric_in: X, shape (..., R_i, R_i).
-        weights: w, shape (..., R_o, R_i).
-
-    Returns:
-        The filtered cores, shape (..., R_o, R_i).
-    """
-    coordinates = (eigenvectors_out.mT @ metric_out) @ cores @ (metric_in @ eigenvectors_in)
-    return eigenvectors_out @ (weights * coordinates) @ eigenvectors_in.mT

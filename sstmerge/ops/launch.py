@@ -1,0 +1,212 @@
+"""Putting CUDA kernels on a stream: those compiled into the extension, or the same sources through cupy and NVRTC.
+
+A launcher takes a kernel by name with a grid, a block, bytes of shared memory and arguments. What to launch is decided
+once, in the op's module, whichever launcher is there; nothing here waits for the device.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sstmerge.errors import BackendError
+from sstmerge.ops.extension import load_extension
+
+# A kernel's parameter: a tensor for its address (None for a null pointer), or a numpy scalar of the parameter's type.
+Argument = Tensor | np.generic | None
+Grid = tuple[int, int, int]
+
+
+class Launcher(Protocol):
+    """One way to run kernels.
+
+    Attributes:
+        device_type: Type of the devices whose tensors its kernels take.
+    """
+
+    device_type: str
+
+    def launch(
+        self,
+        module: str,
+        kernel: str,
+        grid: Grid,
+        block: int,
+        shared_bytes: int,
+        device: torch.device,
+        arguments: Sequence[Argument],
+    ) -> None:
+        """Put a kernel on the current stream of the device.
+
+        Args:
+            module: Name of the source file of the kernel, without its suffix.
+            kernel: Name of the kernel.
+            grid: Blocks in x, y and z.
+            block: Threads per block.
+            shared_bytes: Dynamic shared memory per block.
+            device: The device of all tensors.
+            arguments: One per parameter.
+        """
+
+
+def scalars(arguments: Sequence[Argument]) -> list[np.generic]:
+    """Return the arguments as numpy scalars, with the addresses of tensors in their place."""
+    addressed: list[np.generic] = []
+    for argument in arguments:
+        if isinstance(argument, Tensor):
+            addressed.append(np.uint64(argument.data_ptr()))
+        else:
+            addressed.append(np.uint64(0) if argument is None else argument)
+    return addressed
+
+
+def pack(arguments: Sequence[Argument]) -> bytes:
+    """Return the arguments as slots of 8 bytes, each with the value at its start."""
+    return b"".join(value.tobytes().ljust(8, b"\0") for value in scalars(arguments))
+
+
+class CompiledLauncher:
+    """Runs the kernels that nvcc compiled into the extension."""
+
+    device_type = "cuda"
+
+    def __init__(self, extension: ModuleType) -> None:
+        self._launch = extension.cuda_launch
+
+    def launch(  # noqa: D102 (Launcher)
+        self,
+        module: str,
+        kernel: str,
+        grid: Grid,
+        block: int,
+        shared_bytes: int,
+        device: torch.device,
+        arguments: Sequence[Argument],
+    ) -> None:
+        stream = torch.cuda.current_stream(device).cuda_stream
+        try:
+            self._launch(kernel, grid, block, shared_bytes, device.index, stream, pack(arguments))
+        except RuntimeError as error:
+            raise BackendError(f"backend 'cuda_compiled' failed on {device}: {error}") from error
+
+
+class CupyLauncher:
+    """Compiles the kernels' sources with NVRTC at their first use, through cupy, which keeps the result on disk."""
+
+    device_type = "cuda"
+
+    def __init__(self, cupy: ModuleType) -> None:
+        self._cupy = cupy
+        self._modules: dict[str, Any] = {}
+
+    def launch(  # noqa: D102 (Launcher)
+        self,
+        module: str,
+        kernel: str,
+        grid: Grid,
+        block: int,
+        shared_bytes: int,
+        device: torch.device,
+        arguments: Sequence[Argument],
+    ) -> None:
+        cupy = self._cupy
+        stream = torch.cuda.current_stream(device).cuda_stream
+        try:
+            with cupy.cuda.Device(device.index), cupy.cuda.ExternalStream(stream):
+                function = self._module(module).get_function(kernel)
+                if shared_bytes > function.max_dynamic_shared_size_bytes:
+                    function.max_dynamic_shared_size_bytes = shared_bytes
+                function(grid, (block, 1, 1), tuple(scalars(arguments)), shared_mem=shared_bytes)
+        except (cupy.cuda.driver.CUDADriverError, cupy.cuda.compiler.CompileException) as error:
+            raise BackendError(f"backend 'cuda_cupy' failed on {device} in kernel {kernel}: {error}") from error
+
+    def _module(self, name: str) -> Any:
+        if name not in self._modules:
+            options = ("-std=c++17", f"-I{kernel_sources()}")
+            self._modules[name] = self._cupy.RawModule(code=f'#include "{name}.cuh"\n', options=options)
+        return self._modules[name]
+
+
+def kernel_sources() -> Path:
+    """Return the folder of the kernels' sources: inside the installed package, or in the checkout it is used from.
+
+    Raises:
+        BackendError: It is in neither place.
+    """
+    package = Path(__file__).resolve().parents[1]
+    for folder in (package / "kernels", package.parent / "csrc" / "cuda"):
+        if folder.is_dir():
+            return folder
+    raise BackendError(f"the sources of the CUDA kernels are neither in {package} nor beside it: reinstall sstmerge")
+
+
+@cache
+def compiled_launcher() -> tuple[Launcher | None, str]:
+    """Return the launcher of compiled kernels, or None and the reason."""
+    extension, words = load_extension()
+    if extension is None:
+        return None, words
+    reason = extension.cuda_build_reason()
+    if reason:
+        return None, f"it was not built: {reason}"
+    devices, reason = extension.cuda_device_count()
+    if not devices:
+        return None, f"it was built, but there is no usable GPU: {reason}"
+    reason = _why_torch_has_no_gpu()
+    return (None, reason) if reason else (CompiledLauncher(extension), f"{len(extension.cuda_kernel_names())} kernels")
+
+
+@cache
+def cupy_launcher() -> tuple[Launcher | None, str]:
+    """Return the launcher through cupy, or None and the reason."""
+    if importlib.util.find_spec("cupy") is None:
+        return None, "cupy is not installed"
+    reason = _why_torch_has_no_gpu()
+    if reason:
+        return None, f"cupy is installed, but {reason}"
+    try:
+        cupy = importlib.import_module("cupy")
+        devices = cupy.cuda.runtime.getDeviceCount()
+        kernel_sources()
+    except (ImportError, RuntimeError) as error:  # cupy's errors of the CUDA runtime are RuntimeErrors
+        return None, f"cupy cannot be used: {error}"
+    return CupyLauncher(cupy), f"cupy {cupy.__version__} with NVRTC, {devices} devices"
+
+
+def _why_torch_has_no_gpu() -> str:
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} was built without CUDA"
+    return "" if torch.cuda.is_available() else f"torch {torch.__version__} finds no usable GPU"
+
+
+# Backends whose kernels are launched, fastest first.
+LAUNCHERS: dict[str, Callable[[], tuple[Launcher | None, str]]] = {
+    "cuda_compiled": compiled_launcher,
+    "cuda_cupy": cupy_launcher,
+}
+
+
+def launcher(backend: str) -> Launcher:
+    """Return the launcher of a backend.
+
+    Args:
+        backend: A key of `LAUNCHERS`.
+
+    Returns:
+        The launcher.
+
+    Raises:
+        BackendError: It is not available.
+    """
+    found, reason = LAUNCHERS[backend]()
+    if found is None:
+        raise BackendError(f"backend {backend!r} is not available: {reason}")
+    return found

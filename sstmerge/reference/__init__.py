@@ -1,0 +1,10 @@
+"""The executable specification: a plain-torch twin of every native op, on any device.
+
+The twins are the oracle of the tests, the check of `sstmerge doctor` and the implementation wherever nothing compiled
+is there. They expect valid arguments; `sstmerge.ops` validates.
+"""
+
+from sstmerge.reference.cores import filter_cores
+from sstmerge.reference.eigen import GeneralizedEigh, SolveStatus, generalized_eigh
+
+__all__ = ["GeneralizedEigh", "SolveStatus", "filter_cores", "generalized_eigh"]
