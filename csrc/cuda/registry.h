@@ -1,5 +1,4 @@
-// Kernels by name. <op>.cuh ends with the list of its kernels, which <op>.cu turns into the op's table, and kernels.cu
-// knows all tables.
+// Kernels by name: <op>.cuh ends with the list of its kernels, which <op>.cu registers.
 #pragma once
 
 #include <cstddef>
@@ -18,12 +17,13 @@ constexpr std::size_t count_parameters(void (*)(Parameters...)) {
     return sizeof...(Parameters);
 }
 
+// Remembers kernels for `launch`; returns true.
+bool register_kernels(const std::vector<Kernel>& kernels);
+
 }  // namespace sstmerge::cuda
 
 #define SSTMERGE_KERNEL_ENTRY(kernel) {#kernel, reinterpret_cast<const void*>(&kernel), count_parameters(kernel)},
 
-// Defines `std::vector<Kernel> sstmerge::cuda::<op>_kernels()` from the op's list.
-#define SSTMERGE_KERNEL_TABLE(op, list)                                          \
-    namespace sstmerge::cuda {                                                   \
-    std::vector<Kernel> op##_kernels() { return {list(SSTMERGE_KERNEL_ENTRY)}; } \
-    }
+// Puts the kernels of an op's list into the module when it is loaded.
+#define SSTMERGE_REGISTER_KERNELS(list) \
+    static const bool kernels_are_registered = sstmerge::cuda::register_kernels({list(SSTMERGE_KERNEL_ENTRY)});

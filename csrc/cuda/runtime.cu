@@ -10,23 +10,15 @@
 
 namespace sstmerge::cuda {
 
-// One per <op>.cu.
-std::vector<Kernel> filter_cores_kernels();
-
 namespace {
 
 // What a block may use without asking for more.
 constexpr unsigned kDefaultSharedBytes = 48 * 1024;
 
-const std::map<std::string, Kernel>& kernels() {
-    static const auto all = [] {
-        std::map<std::string, Kernel> by_name;
-        for (const auto& table : {filter_cores_kernels()}) {
-            for (const Kernel& kernel : table) by_name.emplace(kernel.name, kernel);
-        }
-        return by_name;
-    }();
-    return all;
+// A function's variable, because tables are registered while the module's variables are still being initialised.
+std::map<std::string, Kernel>& kernels() {
+    static std::map<std::string, Kernel> by_name;
+    return by_name;
 }
 
 const Kernel& find(const std::string& name) {
@@ -71,6 +63,11 @@ void allow_shared_memory(const Kernel& kernel, int device) {
 }
 
 }  // namespace
+
+bool register_kernels(const std::vector<Kernel>& table) {
+    for (const Kernel& kernel : table) kernels().emplace(kernel.name, kernel);
+    return true;
+}
 
 std::string build_reason() { return ""; }
 
