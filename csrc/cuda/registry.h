@@ -22,7 +22,8 @@ bool register_kernels(const std::vector<Kernel>& kernels);
 
 }  // namespace sstmerge::cuda
 
-#define SSTMERGE_KERNEL_ENTRY(kernel) {#kernel, reinterpret_cast<const void*>(&kernel), count_parameters(kernel)},
+#define SSTMERGE_KERNEL_ENTRY(kernel) \
+    {#kernel, reinterpret_cast<const void*>(&kernel), sstmerge::cuda::count_parameters(kernel)},
 
 // Puts the kernels of an op's list into the module when it is loaded.
 #define SSTMERGE_REGISTER_KERNELS(list) \
