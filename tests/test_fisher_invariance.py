@@ -309,3 +309,40 @@ def test_adapter_given_as_a_point(model, space):
     renamed = CoreSpace.of([Adapter("x+y", space.adapters[0].layers), space.adapters[1]])
     named = collect(model, [BATCH], renamed, reference="x+y")
     assert_same_fisher(named, collect(model, [BATCH], space, reference="a"))
+
+
+class QuantizedLinear(torch.nn.Module):
+    """A frozen base layer as quantisation libraries make them: integers, a scale per row, and no float weight."""
+
+    def __init__(self, linear: torch.nn.Linear) -> None:
+        super().__init__()
+        scale = linear.weight.detach().abs().amax(dim=1, keepdim=True) / 127
+        self.register_buffer("weight", (linear.weight.detach() / scale).round().to(torch.int8))
+        self.register_buffer("scale", scale)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+
+    def dequantized(self) -> torch.Tensor:
+        return self.weight.to(self.scale.dtype) * self.scale
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.dequantized().mT
+
+
+@pytest.mark.parametrize("wrapped", [False, True], ids=["plain", "PeftModel"])
+def test_a_quantised_base_is_its_dequantised_self(pico_llama, wrapped):
+    quantised, plain = pico_llama(), pico_llama()
+    space = CoreSpace.of([random_adapter(plain, "a", targets=("q_proj", "down_proj"), seed=4)])
+    for model in (quantised, plain):
+        for layer in model.model.layers:
+            for parent, child in ((layer.self_attn, "q_proj"), (layer.mlp, "down_proj")):
+                replacement = QuantizedLinear(getattr(parent, child))
+                if model is quantised:
+                    setattr(parent, child, replacement)
+                else:
+                    getattr(parent, child).weight.data = replacement.dequantized()
+    if wrapped:  # PEFT wraps the layers that it knows, beside the quantised ones
+        quantised = get_peft_model(quantised, LoraConfig(r=2, target_modules=["k_proj"]))
+
+    fisher = collect(quantised, [BATCH], space, "kfac", labels="sampled", reference="a")
+
+    assert_same_fisher(fisher, collect(plain, [BATCH], space, "kfac", labels="sampled", reference="a"), tolerance=1e-5)
