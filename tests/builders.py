@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from sstmerge.adapters import Adapter, CoreSpace, LoraFactors
 from sstmerge.fisher import Batch, Fisher, collect_fisher
 from sstmerge.gevp import solve
+from sstmerge.pipeline.calibration import CollectionOptions
+from sstmerge.pipeline.fisher_job import collect_file
+from sstmerge.pipeline.models import load_model, load_tokenizer
 
 VOCABULARY = 100
 LLAMA_TARGETS = ("q_proj", "v_proj", "down_proj")
@@ -252,3 +258,37 @@ def gain_and_cost(model: nn.Module, space: CoreSpace, structure: str) -> list[Fi
     if structure == "ekfac":
         return pair("ekfac", basis=solve(*pair("kfac")).basis)
     return pair(structure)
+
+
+def write_peft_adapter(model, folder: Path, seed: int, rank: int, targets: list[str]) -> None:
+    """Save an adapter as PEFT does; `model` is left as it was."""
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, task_type="CAUSAL_LM")
+    peft_model = get_peft_model(model, config)
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in peft_model.named_parameters():
+        if ".lora_" in name:
+            parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
+    peft_model.peft_config["default"].base_model_name_or_path = "pico/llama"
+    peft_model.save_pretrained(folder)
+    peft_model.unload()
+
+
+def write_rows(path: Path, rows: list[dict]) -> Path:
+    """Write a JSONL file."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def collect_pair_files(job: dict[str, str], folder: Path) -> dict[str, str]:
+    """Collect the Fishers of the fixture `job` as files; returns `gain` and `cost`."""
+    files = {"gain": folder / "gain.safetensors", "cost": folder / "cost.safetensors"}
+    for name, data, labels in (("gain", "harm.jsonl", "data"), ("cost", "benign.jsonl", "sampled")):
+        collect_file(
+            lambda: (load_model(job["base"], device="cpu"), load_tokenizer(job["base"])),
+            {role: job[role] for role in (UTILITY, SAFETY)},
+            [job[data]],
+            files[name],
+            labels=labels,
+            options=CollectionOptions(),
+        )
+    return {name: str(path) for name, path in files.items()}

@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from builders import write_peft_adapter, write_rows
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     GPT2Config,
@@ -118,3 +119,21 @@ def pico_tokenizer() -> Callable[..., PreTrainedTokenizerFast]:
         return tokenizer
 
     return build
+
+
+@pytest.fixture(scope="session")
+def job(tmp_path_factory, pico_llama, pico_tokenizer) -> dict[str, str]:
+    """A folder with a base model, two adapters and prompt files, as strings for the command line."""
+    folder = tmp_path_factory.mktemp("job")
+    model, tokenizer = pico_llama(), pico_tokenizer()
+    model.save_pretrained(folder / "base")
+    tokenizer.save_pretrained(folder / "base")
+    write_peft_adapter(model, folder / "utility", seed=1, rank=2, targets=["q_proj", "v_proj", "down_proj"])
+    write_peft_adapter(pico_llama(), folder / "safety", seed=2, rank=3, targets=["q_proj", "up_proj", "down_proj"])
+    things = ["cake", "boat", "song", "lamp", "tree", "coat", "kite", "bell"]
+    harm = [{"prompt": f"steal a {t}", "response": f"I won't steal the {t}."} for t in things]
+    benign = [{"prompt": f"make a {t}", "response": f"Take a {t}, then {i}."} for i, t in enumerate(things)]
+    benign.append({"prompt": "say something"})  # the reference model answers this one
+    write_rows(folder / "harm.jsonl", harm)
+    write_rows(folder / "benign.jsonl", benign)
+    return {name: str(folder / name) for name in ("base", "utility", "safety", "harm.jsonl", "benign.jsonl")}

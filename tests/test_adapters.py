@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,15 @@ from builders import LLAMA_TARGETS, adapter_deltas, random_adapter, relative_err
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from sstmerge.adapters import Adapter, CoreSpace, LoraFactors, adapter_from_model, load_adapter, save_adapter
+from sstmerge.adapters import (
+    Adapter,
+    CoreSpace,
+    LoraFactors,
+    adapter_from_model,
+    changed_weight,
+    load_adapter,
+    save_adapter,
+)
 from sstmerge.errors import AdapterError
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -331,3 +340,18 @@ def test_names_of_adapters(pico_llama):
         CoreSpace.of([a, a])
     with pytest.raises(AdapterError, match=r"at least one"):
         CoreSpace.of([])
+
+
+def test_a_transposed_weight_gets_the_transposed_change():
+    adapter = Adapter("a", {"c_attn": LoraFactors(A=torch.ones(1, 3), B=torch.tensor([[1.0], [2.0]]), scaling=0.5)})
+    transposed = replace(adapter, config={"fan_in_fan_out": True})
+
+    plain = changed_weight(torch.zeros(2, 3), adapter, "c_attn.weight")
+    other = changed_weight(torch.zeros(3, 2), transposed, "c_attn.weight")
+
+    assert plain.tolist() == [[0.5, 0.5, 0.5], [1.0, 1.0, 1.0]]
+    assert torch.equal(other, plain.mT)
+    with pytest.raises(
+        AdapterError, match=r"changes 'c_attn.weight' in the shape \(2, 3\), but the base model has \(3, 2\)"
+    ):
+        changed_weight(torch.zeros(3, 2), adapter, "c_attn.weight")

@@ -28,6 +28,8 @@ ALLOWED = {
     "pipeline": {"*"},
     "demo": {"*", "demo"},
     "cli": {"*", "demo", "cli"},
+    "mergekit_plugin": {"*"},
+    "fusion_bench_plugin": {"*"},
     "__init__": {"*"},
 }
 NOT_FOR_EVERYONE = {"cli", "demo", "_C", "reference"}  # what "*" leaves out
@@ -37,7 +39,8 @@ THIRD_PARTY = {  # package: the parts that may import it
     "transformers": {"pipeline", "demo", "cli"},
     "cupy": {"ops"},
     "typer": {"cli"},
-    "mergekit": set(),
+    "mergekit": {"mergekit_plugin"},
+    "fusion_bench": {"fusion_bench_plugin"},
 }
 
 

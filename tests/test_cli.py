@@ -8,50 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from builders import write_peft_adapter
+from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from sstmerge.adapters import load_adapter
 from sstmerge.cli import app as cli_app
 from sstmerge.cli import main
-
-BASE_NAME = "pico/llama"
-
-
-def _write_adapter(model, folder: Path, seed: int, rank: int, targets: list[str]) -> None:
-    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, task_type="CAUSAL_LM")
-    peft_model = get_peft_model(model, config)
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in peft_model.named_parameters():
-        if ".lora_" in name:
-            parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
-    peft_model.peft_config["default"].base_model_name_or_path = BASE_NAME
-    peft_model.save_pretrained(folder)
-    peft_model.unload()
-
-
-def _write_rows(path: Path, rows: list[dict]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-@pytest.fixture(scope="module")
-def job(tmp_path_factory, pico_llama, pico_tokenizer) -> dict[str, str]:
-    """A folder with a base model, two adapters and prompt files, as strings for the command line."""
-    folder = tmp_path_factory.mktemp("job")
-    model, tokenizer = pico_llama(), pico_tokenizer()
-    model.save_pretrained(folder / "base")
-    tokenizer.save_pretrained(folder / "base")
-    _write_adapter(model, folder / "utility", seed=1, rank=2, targets=["q_proj", "v_proj", "down_proj"])
-    _write_adapter(pico_llama(), folder / "safety", seed=2, rank=3, targets=["q_proj", "up_proj", "down_proj"])
-    things = ["cake", "boat", "song", "lamp", "tree", "coat", "kite", "bell"]
-    harm = [{"prompt": f"steal a {t}", "response": f"I won't steal the {t}."} for t in things]
-    benign = [{"prompt": f"make a {t}", "response": f"Take a {t}, then {i}."} for i, t in enumerate(things)]
-    benign.append({"prompt": "say something"})  # the reference model answers this one
-    _write_rows(folder / "harm.jsonl", harm)
-    _write_rows(folder / "benign.jsonl", benign)
-    return {name: str(folder / name) for name in ("base", "utility", "safety", "harm.jsonl", "benign.jsonl")}
 
 
 def run(monkeypatch, *arguments: str) -> int:
@@ -241,7 +205,7 @@ def test_bad_input_is_one_sentence_and_exit_code_2(monkeypatch, job, tmp_path, c
 
 def test_a_fisher_of_other_adapters_is_refused(monkeypatch, job, tmp_path, capsys, pico_llama):
     gain, cost = fisher_files(monkeypatch, job, tmp_path)
-    _write_adapter(pico_llama(), tmp_path / "other", seed=9, rank=3, targets=["q_proj", "up_proj", "down_proj"])
+    write_peft_adapter(pico_llama(), tmp_path / "other", seed=9, rank=3, targets=["q_proj", "up_proj", "down_proj"])
     code = run(
         monkeypatch,
         *("merge", "--gain", gain, "--cost", cost, "--utility", job["utility"], "--safety", str(tmp_path / "other")),
