@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test lint format benchmark clean
+.PHONY: help demo test lint format benchmark gpu clean
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -29,6 +29,11 @@ format: $(VENV)/.test  ## rewrite sources in the project's format
 
 benchmark: $(VENV)/.test  ## run the pytest-benchmark suites
 	$(BIN)/python -m pytest benchmarks --benchmark-only
+
+# For machines without a network: builds in place with what $(PYTHON) has (torch, pybind11, setuptools, pytest, nvcc).
+OUT ?= benchmarks/results
+gpu:  ## on a machine with a GPU: build, check, test, sanitize and benchmark the kernels in under eight minutes
+	PYTHONPATH="$(CURDIR)" $(PYTHON) benchmarks/gpu.py --out "$(OUT)"
 
 clean:  ## remove everything that was built
 	rm -rf $(VENV) build *.egg-info sstmerge/_C*.so

@@ -4,13 +4,18 @@
 
 #include <array>
 #include <cstdint>
+#include <stdexcept>
 #include <string>
 #include <tuple>
+#include <utility>
+#include <vector>
 
 #include "build_info.h"  // written by setup.py
 #include "cuda/runtime.h"
+#include "cusolver.h"
 #include "generalized_eigh.h"
 #include "lapack.h"
+#include "sparsify.h"
 
 namespace py = pybind11;
 using namespace py::literals;
@@ -54,6 +59,150 @@ void cuda_launch(const std::string& name, std::array<unsigned, 3> grid, unsigned
     sstmerge::cuda::launch(name, grid, block, shared_bytes, device, stream, slots);
 }
 
+using Addresses = std::vector<std::uintptr_t>;
+using Sizes = std::vector<std::int64_t>;
+
+sstmerge::Dtype dtype_named(const std::string& name) {
+    if (name == "float16") return sstmerge::Dtype::kFloat16;
+    if (name == "bfloat16") return sstmerge::Dtype::kBfloat16;
+    if (name == "float32") return sstmerge::Dtype::kFloat32;
+    if (name == "float64") return sstmerge::Dtype::kFloat64;
+    throw std::invalid_argument("there is no code for tensors of dtype " + name);
+}
+
+// Lists whose lengths do not fit together would be read beyond their ends.
+sstmerge::TensorList tensor_list(const Addresses& values, const Addresses& outputs, const Sizes& sizes,
+                                 std::size_t tasks, std::size_t counts) {
+    if (outputs.size() != sizes.size() || values.size() != tasks * sizes.size() || counts != sizes.size()) {
+        throw std::invalid_argument("the lists of addresses, sizes and counts differ in length");
+    }
+    sstmerge::TensorList tensors;
+    for (std::uintptr_t address : values) tensors.values.push_back(reinterpret_cast<const void*>(address));
+    for (std::uintptr_t address : outputs) tensors.outputs.push_back(reinterpret_cast<void*>(address));
+    tensors.sizes = sizes;
+    return tensors;
+}
+
+void magnitude_prune(const std::string& dtype, const Addresses& values, const Addresses& outputs, const Sizes& sizes,
+                     const Sizes& kept, int num_threads) {
+    const py::gil_scoped_release without_lock;
+    sstmerge::magnitude_prune(dtype_named(dtype), tensor_list(values, outputs, sizes, 1, kept.size()), kept,
+                              num_threads);
+}
+
+void dare(const std::string& dtype, const Addresses& values, const Addresses& outputs, const Sizes& sizes,
+          std::uint64_t seed, std::uint64_t first_stream, std::uint64_t keep_below, double scale, int num_threads) {
+    const py::gil_scoped_release without_lock;
+    sstmerge::dare(dtype_named(dtype), tensor_list(values, outputs, sizes, 1, sizes.size()), seed, first_stream,
+                   keep_below, scale, num_threads);
+}
+
+void ties(const std::string& dtype, const Addresses& values, const Addresses& outputs, const Sizes& sizes,
+          const Sizes& kept, const std::vector<double>& weights, bool by_frequency, int num_threads) {
+    const py::gil_scoped_release without_lock;
+    sstmerge::ties(dtype_named(dtype), tensor_list(values, outputs, sizes, weights.size(), kept.size()), kept, weights,
+                   by_frequency ? sstmerge::MajoritySign::kFrequency : sstmerge::MajoritySign::kTotal, num_threads);
+}
+
+// The calls of cuSOLVER and cuBLAS are there for both types; Python says which by a flag.
+template <typename Function>
+auto with_scalar(bool is_float64, Function function) {
+    return is_float64 ? function(double{}) : function(float{});
+}
+
+template <typename Value>
+Value* pointer(std::uintptr_t address) {
+    return reinterpret_cast<Value*>(address);
+}
+
+int cusolver_sygvd_workspace(int library, int device, std::uintptr_t stream, bool is_float64, std::uintptr_t a,
+                             std::uintptr_t b, std::uintptr_t eigenvalues, int n) {
+    return with_scalar(is_float64, [&](auto scalar) {
+        using Scalar = decltype(scalar);
+        return sstmerge::cusolver::sygvd_workspace<Scalar>({library, device, stream}, pointer<Scalar>(a),
+                                                           pointer<Scalar>(b), pointer<Scalar>(eigenvalues), n);
+    });
+}
+
+void cusolver_sygvd(int library, int device, std::uintptr_t stream, bool is_float64, std::uintptr_t a, std::uintptr_t b,
+                    std::uintptr_t eigenvalues, std::uintptr_t workspace, int workspace_size, std::uintptr_t info,
+                    int n, int batch) {
+    with_scalar(is_float64, [&](auto scalar) {
+        using Scalar = decltype(scalar);
+        sstmerge::cusolver::sygvd<Scalar>({library, device, stream}, pointer<Scalar>(a), pointer<Scalar>(b),
+                                          pointer<Scalar>(eigenvalues), pointer<Scalar>(workspace), workspace_size,
+                                          pointer<int>(info), n, batch);
+    });
+}
+
+void cusolver_potrf_batched(int library, int device, std::uintptr_t stream, bool is_float64, std::uintptr_t matrices,
+                            std::uintptr_t info, int n, int batch) {
+    with_scalar(is_float64, [&](auto scalar) {
+        using Scalar = decltype(scalar);
+        sstmerge::cusolver::potrf_batched<Scalar>({library, device, stream}, pointer<Scalar*>(matrices),
+                                                  pointer<int>(info), n, batch);
+    });
+}
+
+void cusolver_trsm_batched(int library, int device, std::uintptr_t stream, bool is_float64, const std::string& solve,
+                           std::uintptr_t factors, std::uintptr_t matrices, int n, int batch) {
+    using sstmerge::cusolver::Solve;
+    if (solve != "forward" && solve != "from the right" && solve != "backward") {
+        throw std::invalid_argument("there is no triangular solve '" + solve + "'");
+    }
+    const Solve which = solve == "forward"    ? Solve::kForward
+                        : solve == "backward" ? Solve::kBackward
+                                              : Solve::kFromTheRight;
+    with_scalar(is_float64, [&](auto scalar) {
+        using Scalar = decltype(scalar);
+        sstmerge::cusolver::trsm_batched<Scalar>({library, device, stream}, which, pointer<const Scalar*>(factors),
+                                                 pointer<Scalar*>(matrices), n, batch);
+    });
+}
+
+std::pair<std::size_t, std::size_t> cusolver_syev_batched_workspace(int library, int device, std::uintptr_t stream,
+                                                                    bool is_float64, std::uintptr_t matrices,
+                                                                    std::uintptr_t eigenvalues, int n, int batch) {
+    return with_scalar(is_float64, [&](auto scalar) {
+        using Scalar = decltype(scalar);
+        return sstmerge::cusolver::syev_batched_workspace<Scalar>({library, device, stream}, pointer<Scalar>(matrices),
+                                                                  pointer<Scalar>(eigenvalues), n, batch);
+    });
+}
+
+void cusolver_syev_batched(int library, int device, std::uintptr_t stream, bool is_float64, std::uintptr_t matrices,
+                           std::uintptr_t eigenvalues, std::uintptr_t device_workspace, std::size_t device_bytes,
+                           std::uintptr_t host_workspace, std::size_t host_bytes, std::uintptr_t info, int n,
+                           int batch) {
+    with_scalar(is_float64, [&](auto scalar) {
+        using Scalar = decltype(scalar);
+        sstmerge::cusolver::syev_batched<Scalar>({library, device, stream}, pointer<Scalar>(matrices),
+                                                 pointer<Scalar>(eigenvalues), pointer<void>(device_workspace),
+                                                 device_bytes, pointer<void>(host_workspace), host_bytes,
+                                                 pointer<int>(info), n, batch);
+    });
+}
+
+void define_cusolver(py::module_& module) {
+    using Unlocked = py::call_guard<py::gil_scoped_release>;
+    module.def("cusolver_open", &sstmerge::cusolver::open, "candidates"_a, Unlocked());
+    module.def("cusolver_path", &sstmerge::cusolver::path, "library"_a);
+    module.def("cusolver_has_syev_batched", &sstmerge::cusolver::has_syev_batched, "library"_a);
+    module.def("cusolver_sygvd_workspace", &cusolver_sygvd_workspace, "library"_a, "device"_a, "stream"_a,
+               "is_float64"_a, "a"_a, "b"_a, "eigenvalues"_a, "n"_a, Unlocked());
+    module.def("cusolver_sygvd", &cusolver_sygvd, "library"_a, "device"_a, "stream"_a, "is_float64"_a, "a"_a, "b"_a,
+               "eigenvalues"_a, "workspace"_a, "workspace_size"_a, "info"_a, "n"_a, "batch"_a, Unlocked());
+    module.def("cusolver_potrf_batched", &cusolver_potrf_batched, "library"_a, "device"_a, "stream"_a, "is_float64"_a,
+               "matrices"_a, "info"_a, "n"_a, "batch"_a, Unlocked());
+    module.def("cusolver_trsm_batched", &cusolver_trsm_batched, "library"_a, "device"_a, "stream"_a, "is_float64"_a,
+               "solve"_a, "factors"_a, "matrices"_a, "n"_a, "batch"_a, Unlocked());
+    module.def("cusolver_syev_batched_workspace", &cusolver_syev_batched_workspace, "library"_a, "device"_a, "stream"_a,
+               "is_float64"_a, "matrices"_a, "eigenvalues"_a, "n"_a, "batch"_a, Unlocked());
+    module.def("cusolver_syev_batched", &cusolver_syev_batched, "library"_a, "device"_a, "stream"_a, "is_float64"_a,
+               "matrices"_a, "eigenvalues"_a, "device_workspace"_a, "device_bytes"_a, "host_workspace"_a,
+               "host_bytes"_a, "info"_a, "n"_a, "batch"_a, Unlocked());
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
@@ -76,4 +225,11 @@ PYBIND11_MODULE(_C, module) {
     module.def("bind_lapack", &bind_lapack, "ssygvd"_a, "dsygvd"_a);
     define_generalized_eigh<float>(module, "generalized_eigh_float32");
     define_generalized_eigh<double>(module, "generalized_eigh_float64");
+    define_cusolver(module);
+    module.def("magnitude_prune", &magnitude_prune, "dtype"_a, "values"_a, "outputs"_a, "sizes"_a, "kept"_a,
+               "num_threads"_a);
+    module.def("dare", &dare, "dtype"_a, "values"_a, "outputs"_a, "sizes"_a, "seed"_a, "first_stream"_a, "keep_below"_a,
+               "scale"_a, "num_threads"_a);
+    module.def("ties", &ties, "dtype"_a, "values"_a, "outputs"_a, "sizes"_a, "kept"_a, "weights"_a, "by_frequency"_a,
+               "num_threads"_a);
 }

@@ -12,16 +12,20 @@ if TYPE_CHECKING:
     from sstmerge.fisher import Batch, Fisher, collect_fisher
     from sstmerge.gevp import solve
     from sstmerge.merging import Selection, merge_cores, merge_experts
+    from sstmerge.peft_drop_in import add_weighted_adapter, peft_backend
     from sstmerge.pipeline.calibration import CollectionOptions
     from sstmerge.pipeline.merge import merge, merge_from_fishers
+    from sstmerge.pipeline.method_merge import StatisticsFiles, available_methods, merge_adapters
 
 _EXPORTS = {
     "sstmerge.adapters": ("Adapter", "CoreSpace", "adapter_from_model", "load_adapter", "save_adapter"),
     "sstmerge.fisher": ("Batch", "Fisher", "collect_fisher"),
     "sstmerge.gevp": ("solve",),
     "sstmerge.merging": ("Selection", "merge_cores", "merge_experts"),
+    "sstmerge.peft_drop_in": ("add_weighted_adapter", "peft_backend"),
     "sstmerge.pipeline.calibration": ("CollectionOptions",),
     "sstmerge.pipeline.merge": ("merge", "merge_from_fishers"),
+    "sstmerge.pipeline.method_merge": ("StatisticsFiles", "available_methods", "merge_adapters"),
 }
 _MODULE_OF = {name: module for module, names in _EXPORTS.items() for name in names}
 
@@ -32,14 +36,19 @@ __all__ = [
     "CoreSpace",
     "Fisher",
     "Selection",
+    "StatisticsFiles",
     "__version__",
     "adapter_from_model",
+    "add_weighted_adapter",
+    "available_methods",
     "collect_fisher",
     "load_adapter",
     "merge",
+    "merge_adapters",
     "merge_cores",
     "merge_experts",
     "merge_from_fishers",
+    "peft_backend",
     "save_adapter",
     "solve",
 ]

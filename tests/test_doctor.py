@@ -31,7 +31,9 @@ def test_a_sound_installation_passes_every_check():
     expected = {(op, info.name) for info in ops.backends() for op in info.ops}
     assert {(check.op, check.backend) for check in diagnosis.checks} == expected
     assert len(diagnosis.checks) == 2 * len(expected)
-    assert all(0 < check.residual < check.tolerance < 1e-3 for check in diagnosis.checks)
+    assert all(0 <= check.residual < check.tolerance < 1e-3 for check in diagnosis.checks)
+    exact = {"dare", "magnitude_prune", "ties"}  # bit for bit the reference
+    assert all((check.residual == 0) == (check.op in exact) for check in diagnosis.checks)
 
 
 def test_the_same_seed_gives_the_same_diagnosis():
@@ -69,6 +71,18 @@ def test_a_solver_that_is_off_by_a_little_is_found(monkeypatch, field):
     assert "Wrong results: generalized_eigh on cpu_compiled (float32)" in rendered(diagnosis)
 
 
+def test_every_driver_of_a_backend_with_several_is_checked(monkeypatch):
+    monkeypatch.setattr(ops, "available_drivers", lambda backend, n: ("sygvd", "auto")[: 1 + (backend[0] == "c")])
+
+    labels = [check.label for check in diagnose().checks if check.op == "generalized_eigh"]
+
+    assert labels == [
+        *["generalized_eigh by sygvd"] * 2,
+        *["generalized_eigh by auto"] * 2,
+        *["generalized_eigh"] * 2,
+    ]
+
+
 def test_a_solver_that_hides_a_failure_is_found(monkeypatch):
     solve = ops.generalized_eigh
 
@@ -86,6 +100,15 @@ def test_a_wrong_filter_is_found(monkeypatch):
     monkeypatch.setattr(ops, "filter_cores", lambda *cores, **options: filter_cores(*cores, **options) + 1e-3)
 
     assert [check.op for check in diagnose().checks if not check.ok] == ["filter_cores"] * 2
+
+
+@pytest.mark.parametrize("op", ["dare", "magnitude_prune", "ties"])
+@pytest.mark.parametrize("change", [lambda t: t * 1.001, lambda t: t.roll(1)], ids=["values", "entries"])
+def test_a_wrong_sparsifier_is_found(monkeypatch, op, change):
+    right = getattr(ops, op)
+    monkeypatch.setattr(ops, op, lambda *values, **options: [change(t) for t in right(*values, **options)])
+
+    assert {check.op for check in diagnose().checks if not check.ok} == {op}
 
 
 def test_nan_that_calls_itself_a_solution_is_found(monkeypatch):

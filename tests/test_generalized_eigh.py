@@ -5,50 +5,21 @@ from __future__ import annotations
 import ctypes
 from concurrent.futures import ThreadPoolExecutor
 
-import numpy as np
 import pytest
-import scipy.linalg
 import scipy.linalg.cython_lapack
 import torch
+from eigen_checks import errors, problems
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from sstmerge import reference
-from sstmerge.ops import GeneralizedEigh, SolveStatus, backends, generalized_eigh
+from sstmerge.errors import InputError
+from sstmerge.ops import SolveStatus, backends, generalized_eigh, generalized_eigh_mixed
 
 BACKENDS = [info.name for info in backends() if info.available]
 DTYPES = [torch.float32, torch.float64]
 SIZES = [1, 2, 7, 16, 33, 64, 130]
-
-
-def problems(batch: int, n: int, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """a of half rank, as a gain Fisher is, and a well-conditioned b; shapes (batch, n, n)."""
-    generator = torch.Generator().manual_seed(seed)
-    gain = torch.randn(batch, n, (n + 1) // 2, dtype=torch.float64, generator=generator)
-    cost = torch.randn(batch, n, 3 * n, dtype=torch.float64, generator=generator)
-    a = gain @ gain.mT / n
-    b = cost @ cost.mT / (3 * n) + 0.1 * torch.eye(n, dtype=torch.float64)
-    return a.to(dtype), b.to(dtype)
-
-
-def scipy_eigenvalues(a: Tensor, b: Tensor) -> Tensor:
-    """Eigenvalues (batch, n) in float64 of the problems as they are after rounding to their dtype."""
-    pairs = zip(a.double().numpy(), b.double().numpy(), strict=True)
-    rows = [scipy.linalg.eigh(x, y, eigvals_only=True) for x, y in pairs]
-    return torch.from_numpy(np.stack(rows)) if rows else torch.empty(a.shape[:-1], dtype=torch.float64)
-
-
-def errors(a: Tensor, b: Tensor, solution: GeneralizedEigh) -> dict[str, float]:
-    """Largest deviation in eigenvalues, in the equation and in the normalisation, in float64."""
-    values, vectors = solution.eigenvalues.double(), solution.eigenvectors.double()
-    a, b = a.double(), b.double()
-    differences = {
-        "eigenvalues": values - scipy_eigenvalues(a, b),
-        "equation": a @ vectors - b @ vectors * values[..., None, :],
-        "normalisation": vectors.mT @ b @ vectors - torch.eye(a.shape[-1], dtype=torch.float64),
-    }
-    return {name: float(difference.abs().max()) for name, difference in differences.items() if difference.numel()}
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -279,3 +250,42 @@ def test_a_change_of_coordinates_changes_only_the_eigenvectors(backend):
         (change @ moved.eigenvectors).mT @ b @ (change @ moved.eigenvectors),
         torch.eye(8, dtype=torch.float64).expand(3, 8, 8),
     )
+
+
+class TestMixedSizes:
+    def test_returns_the_caller_s_order_and_shapes(self):
+        shapes = [(3, 4), (5,), (2, 2, 4), (4,), (0, 5), (1, 0)]
+        pairs = []
+        for seed, (*batch, n) in enumerate(shapes):
+            a, b = problems(torch.Size(batch).numel(), n, torch.float64, seed)
+            pairs.append((a.reshape(*batch, n, n), b.reshape(*batch, n, n)))
+        pairs.append(tuple(matrix.float() for matrix in pairs[0]))
+
+        solutions = generalized_eigh_mixed(pairs)
+
+        assert len(solutions) == len(pairs)
+        for (a, b), solution in zip(pairs, solutions, strict=True):
+            expected = generalized_eigh(a, b)
+            assert solution.eigenvalues.dtype == a.dtype
+            assert torch.equal(solution.eigenvalues, expected.eigenvalues)
+            assert torch.equal(solution.eigenvectors, expected.eigenvectors)
+            assert torch.equal(solution.status, expected.status)
+            assert solution.status.shape == a.shape[:-2]
+
+    def test_one_call_per_size(self, monkeypatch):
+        calls = []
+        solve = reference.generalized_eigh
+        monkeypatch.setattr(reference, "generalized_eigh", lambda a, b: calls.append(tuple(a.shape)) or solve(a, b))
+
+        generalized_eigh_mixed([problems(2, n, torch.float64) for n in (3, 5, 3, 5, 3)], backend="reference")
+
+        assert sorted(calls) == [(4, 5, 5), (6, 3, 3)]
+
+    def test_nothing_to_solve(self):
+        assert generalized_eigh_mixed([]) == []
+
+    def test_a_bad_pair_is_named(self):
+        with pytest.raises(InputError, match=r"problem 1: b must have the shape \(2, 4, 4\), not \(2, 3, 3\)"):
+            generalized_eigh_mixed(
+                [(torch.ones(1, 3, 3), torch.ones(1, 3, 3)), (torch.ones(2, 4, 4), torch.ones(2, 3, 3))]
+            )

@@ -164,5 +164,50 @@ def check_same_base(adapters: Sequence[Adapter], *, ignore_base_name: bool = Fal
             )
 
 
+def check_names(adapters: Sequence[Adapter]) -> None:
+    """Check that there are adapters and that their names tell them apart.
+
+    Args:
+        adapters: The adapters that are to be merged.
+
+    Raises:
+        AdapterError: If there is none, or two have one name.
+    """
+    names = [adapter.name for adapter in adapters]
+    if not adapters:
+        raise AdapterError("No adapter was given; a merge needs at least one.")
+    if len(set(names)) != len(names):
+        raise AdapterError(f"The adapters must have distinct names, but these are {names}; rename one (NAME=DIR).")
+
+
+def common_dtype(adapters: Sequence[Adapter]) -> torch.dtype:
+    """Return the dtype that the factors of all adapters promote to."""
+    dtype = adapters[0].dtype
+    for adapter in adapters[1:]:
+        dtype = torch.promote_types(dtype, adapter.dtype)
+    return dtype
+
+
+def merged_config(adapters: Sequence[Adapter], layer_names: Sequence[str]) -> dict[str, Any]:
+    """Return the configuration that a merged adapter inherits.
+
+    Args:
+        adapters: The adapters; of fields that several have, the first one's value is taken.
+        layer_names: Module paths of the merged adapter's layers.
+
+    Returns:
+        The fields. target_modules is left out where it would not name exactly these layers.
+    """
+    config: dict[str, Any] = {}
+    for adapter in adapters:
+        config |= {key: value for key, value in adapter.config.items() if key not in config}
+    same_layers = all(set(a.layers) == set(layer_names) for a in adapters)
+    targets = [a.config.get("target_modules") for a in adapters]
+    listed = {frozenset(t) for t in targets if isinstance(t, list | tuple)}
+    if not same_layers or len(listed) != 1 or not all(isinstance(t, list | tuple) for t in targets):
+        config.pop("target_modules", None)
+    return config
+
+
 def _last_component(base_model: str | None) -> str:
     return (base_model or "").rstrip("/\\").replace("\\", "/").rsplit("/", 1)[-1].lower()

@@ -22,7 +22,15 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from sstmerge.adapters.adapter import Adapter, LoraFactors, check_same_base, natural_order
+from sstmerge.adapters.adapter import (
+    Adapter,
+    LoraFactors,
+    check_names,
+    check_same_base,
+    common_dtype,
+    merged_config,
+    natural_order,
+)
 from sstmerge.adapters.basis import RANK_TOLERANCE, LayerGroup, build_groups, stack_factors, stackable_layers
 from sstmerge.errors import AdapterError, InputError
 
@@ -63,7 +71,7 @@ class CoreSpace:
         Raises:
             AdapterError: If the adapters do not fit together.
         """
-        _check_names(adapters)
+        check_names(adapters)
         check_same_base(adapters, ignore_base_name=ignore_base_name)
         groups: list[LayerGroup] = []
         for (members, _), names in stackable_layers(adapters).items():
@@ -170,7 +178,7 @@ class CoreSpace:
             )
         factored = [torch.linalg.svd(core.double(), full_matrices=False) for core in self.split(vector)]
         rank = rank or _largest_rank([values for _, values, _ in factored])
-        dtype = dtype or _common_dtype(self.adapters)
+        dtype = dtype or common_dtype(self.adapters)
         layers: dict[str, LoraFactors] = {}
         for group, (left, values, right) in zip(self.groups, factored, strict=True):
             root = values[:, :rank].sqrt()
@@ -184,7 +192,7 @@ class CoreSpace:
             name=name,
             layers=ordered,
             base_model=bases[0] if bases else None,
-            config=self._merged_config(),
+            config=merged_config(self.adapters, self.layer_names),
             source="a merge by sstmerge",
         )
 
@@ -310,32 +318,6 @@ class CoreSpace:
         A = torch.stack([f.A for f in factors]).double()
         scaling = torch.tensor([f.scaling for f in factors], dtype=torch.float64)
         return scaling[:, None, None] * ((group.U.double().mT @ B) @ (A @ group.V.double()))
-
-    def _merged_config(self) -> dict[str, object]:
-        config: dict[str, object] = {}
-        for adapter in self.adapters:
-            config |= {key: value for key, value in adapter.config.items() if key not in config}
-        same_layers = all(set(a.layers) == set(self.layer_names) for a in self.adapters)
-        targets = [a.config.get("target_modules") for a in self.adapters]
-        listed = {frozenset(t) for t in targets if isinstance(t, list | tuple)}
-        if not same_layers or len(listed) != 1 or not all(isinstance(t, list | tuple) for t in targets):
-            config.pop("target_modules", None)
-        return config
-
-
-def _check_names(adapters: Sequence[Adapter]) -> None:
-    names = [adapter.name for adapter in adapters]
-    if not adapters:
-        raise AdapterError("No adapter was given; a merge needs at least one.")
-    if len(set(names)) != len(names):
-        raise AdapterError(f"The adapters must have distinct names, but these are {names}; rename one (NAME=DIR).")
-
-
-def _common_dtype(adapters: Sequence[Adapter]) -> torch.dtype:
-    dtype = adapters[0].dtype
-    for adapter in adapters[1:]:
-        dtype = torch.promote_types(dtype, adapter.dtype)
-    return dtype
 
 
 def _largest_rank(singular_values: Sequence[Tensor]) -> int:

@@ -29,7 +29,7 @@ error_console = Console(stderr=True)
 def main() -> None:
     """Run the command line; errors that sstmerge raises on purpose end it with exit code 2."""
     # Commands register themselves on import.
-    from sstmerge.cli import data_commands, demo_command, merge_commands  # noqa: F401
+    from sstmerge.cli import data_commands, demo_command, merge_commands, method_commands  # noqa: F401
 
     try:
         app()
@@ -117,15 +117,16 @@ def progress_bars() -> Iterator[Any]:
         yield report
 
 
-def parse_named(values: list[str] | None, option: str) -> dict[str, str]:
-    """Split NAME=DIR arguments.
+def parse_named(values: list[str] | None, option: str, form: str = "NAME=DIR") -> dict[str, str]:
+    """Split arguments such as NAME=DIR.
 
     Args:
         values: Arguments.
         option: Flag they were given to, for messages.
+        form: Their form, for messages.
 
     Returns:
-        Directories by name.
+        What follows the sign by what goes before it.
 
     Raises:
         InputError: If an argument has another form, or a name comes twice.
@@ -134,7 +135,7 @@ def parse_named(values: list[str] | None, option: str) -> dict[str, str]:
     for value in values or []:
         name, separator, directory = value.partition("=")
         if not separator or not name or not directory:
-            raise InputError(f"{option} expects NAME=DIR, but got '{value}'.")
+            raise InputError(f"{option} expects {form}, but got '{value}'.")
         if name in named:
             raise InputError(f"{option} names '{name}' twice.")
         named[name] = directory

@@ -1,4 +1,4 @@
-"""`merge`, `fisher` and `curve`."""
+"""`merge` by SST, `fisher` and `curve`; `merge` by other methods is in `method_commands`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import typer
 from rich.table import Table
 
 from sstmerge.cli.app import ConfigOption, app, console, error_console, fail_on, parse_named, progress_bars
+from sstmerge.cli.method_commands import METHOD_ONLY, SST, merge_by_method, refuse_flags
 from sstmerge.errors import InputError
 
 Base = Annotated[str | None, typer.Option("--base", help="Base model: directory or hub id.")]
@@ -53,8 +54,29 @@ IgnoreBaseName = Annotated[
 
 @app.command()
 def merge(
-    safety: Safety,
+    context: typer.Context,
     out: Out,
+    method: Annotated[str, typer.Option("--method", help="sst, or one that `sstmerge methods` lists.")] = SST,
+    safety: Annotated[
+        str | None,
+        typer.Option("--safety", help="Safety adapter: directory or hub id; with --adapter, the NAME of one of them."),
+    ] = None,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option("--adapter", help="[NAME=]DIR of an adapter, for other methods than sst; repeatable."),
+    ] = None,
+    weight: Annotated[
+        list[float] | None, typer.Option("--weight", help="Weight of each --adapter, in order; 1 by default.")
+    ] = None,
+    option: Annotated[
+        list[str] | None, typer.Option("--option", help="KEY=VALUE of an option of the method; repeatable.")
+    ] = None,
+    fisher_file: Annotated[
+        list[str] | None, typer.Option("--fisher", help="NAME=FILE, the Fisher of an --adapter's own data; repeatable.")
+    ] = None,
+    aligned: Annotated[
+        Path | None, typer.Option("--aligned", help="Directory of an aligned model, beside the --base it came from.")
+    ] = None,
     base: Base = None,
     utility: Utility = None,
     utility_weight: UtilityWeight = None,
@@ -101,7 +123,15 @@ def merge(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and its cost; load no weights.")] = False,
     config: ConfigOption = None,
 ) -> None:
-    """Merge a safety adapter into utility adapters, from prompts (with the model) or from two Fishers (without)."""
+    """Merge a safety adapter into utility adapters, from prompts (with the model) or from two Fishers (without).
+
+    With --method and --adapter: merge adapters by any other method, without a model.
+    """
+    if method != SST:
+        merge_by_method(context)
+        return
+    refuse_flags(context, METHOD_ONLY, "belong to other methods than sst; name one (--method)")
+    fail_on(safety is None, "Give the --safety adapter; or adapters (--adapter) and another --method than sst.")
     from sstmerge.merging import Selection
     from sstmerge.pipeline import merge as job
     from sstmerge.pipeline.calibration import CollectionOptions

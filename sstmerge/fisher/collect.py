@@ -26,6 +26,7 @@ from sstmerge.fisher.structures import (
     parse_structure,
 )
 from sstmerge.fisher.taps import Tap, Taps, frozen, installed_taps
+from sstmerge.ops import BackendName
 
 # float16 gradients underflow below 6e-8; scores are scaled up by this power of two on the way down, and back after.
 FLOAT16_SCALE = 1024.0
@@ -44,6 +45,7 @@ def collect_fisher(
     weight_sharing: str = "expand",
     basis: KroneckerBasis | None = None,
     seed: int = 0,
+    backend: BackendName = "auto",
     metadata: dict[str, Any] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Fisher:
@@ -66,6 +68,7 @@ def collect_fisher(
         weight_sharing: For `kfac`: `expand` or `reduce`.
         basis: For `ekfac`: the Kronecker basis to refit in (`KroneckerSpectrum.basis`).
         seed: Seed of the sampled labels. The labels of a sequence depend on its index, not on how batches are cut.
+        backend: What projects activations and gradients, as in `installed_taps`.
         metadata: Further entries of the result's metadata.
         progress: Called with the numbers of sequences done and in all.
 
@@ -89,7 +92,7 @@ def collect_fisher(
     head = Head(model)
     with frozen(model):
         for number, point in enumerate(points):
-            with _taps_at(model, space, home, point) as taps:
+            with _taps_at(model, space, home, point, backend) as taps:
                 for batch in batches:
                     run = _BatchScores(model, head, taps, batch.to(_device(model)), seed * len(points) + number)
                     counts = counts + run.collect(accumulator, labels, draws)
@@ -113,13 +116,18 @@ def collect_fisher(
 
 
 @contextmanager
-def _taps_at(model: nn.Module, space: CoreSpace, home: CoreSpace, point: Tensor) -> Iterator[Taps]:
+def _taps_at(
+    model: nn.Module, space: CoreSpace, home: CoreSpace, point: Tensor, backend: BackendName
+) -> Iterator[Taps]:
     """Install recording taps of `space` on a model that behaves as a point of `home`."""
     if home is space:
-        with installed_taps(model, space, point, record=True) as taps:
+        with installed_taps(model, space, point, record=True, backend=backend) as taps:
             yield taps
     else:
-        with installed_taps(model, home, point), installed_taps(model, space, record=True) as taps:
+        with (
+            installed_taps(model, home, point, backend=backend),
+            installed_taps(model, space, record=True, backend=backend) as taps,
+        ):
             yield taps
 
 

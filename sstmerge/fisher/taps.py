@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from sstmerge.adapters import CoreSpace
 from sstmerge.errors import AdapterError, InputError
+from sstmerge.ops import BackendName, project_accumulate
 
 
 class Tap:
@@ -33,8 +34,11 @@ class Tap:
         records: Pairs (x̃ (..., R_i), δ̃ (..., R_o)) of the backward passes since the last `clear`.
     """
 
-    def __init__(self, name: str, U: Tensor, V: Tensor, core: Tensor | None, anchor: Tensor | None) -> None:
+    def __init__(
+        self, name: str, U: Tensor, V: Tensor, core: Tensor | None, anchor: Tensor | None, backend: BackendName
+    ) -> None:
         self.name = name
+        self.backend: BackendName = backend
         self.records: list[tuple[Tensor, Tensor]] = []
         self.anchor = anchor
         self._bases = (U, V, core)
@@ -56,7 +60,18 @@ class Tap:
         if self.anchor is not None and torch.is_grad_enabled():
             # The anchor makes the output require a gradient even where the input does not (the lowest layers).
             return _TapFunction.apply(x, output, self.anchor.to(output.device), self)  # type: ignore[no-any-return]
-        return output if self.forward_map is None else output + (x @ self.V).to(output.dtype) @ self.forward_map
+        return (
+            output if self.forward_map is None else output + self.project(x, self.V).to(output.dtype) @ self.forward_map
+        )
+
+    def project(self, rows: Tensor, basis: Tensor) -> Tensor:
+        """Return rows (..., d) times a basis (d, R): in float32 from the kernels, in the rows' dtype from torch."""
+        by_torch = self.backend == "auto" and (not rows.is_cuda or rows.dtype == torch.float64)
+        if by_torch or self.backend == "reference":
+            product: Tensor = rows @ basis
+            return product
+        flat = project_accumulate(rows.reshape(-1, rows.shape[-1]), basis, backend=self.backend)
+        return flat.view(*rows.shape[:-1], basis.shape[1])
 
     def _place(self, x: Tensor, output: Tensor) -> None:
         """Bring the bases to the activations' device and dtype, once."""
@@ -74,7 +89,7 @@ class Tap:
 class _TapFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, output: Tensor, anchor: Tensor, tap: Tap) -> Tensor:
-        projected = x @ tap.V
+        projected = tap.project(x, tap.V)
         ctx.tap = tap
         ctx.save_for_backward(projected)
         if tap.forward_map is None:
@@ -86,7 +101,7 @@ class _TapFunction(torch.autograd.Function):
         (gradient,) = gradients
         tap: Tap = ctx.tap
         (projected,) = ctx.saved_tensors
-        delta = gradient @ tap.U
+        delta = tap.project(gradient, tap.U)
         tap.records.append((projected, delta))
         through = None
         if ctx.needs_input_grad[0] and tap.backward_map is not None:
@@ -113,7 +128,12 @@ class Taps:
 
 @contextmanager
 def installed_taps(
-    model: nn.Module, space: CoreSpace, core: Tensor | None = None, *, record: bool = False
+    model: nn.Module,
+    space: CoreSpace,
+    core: Tensor | None = None,
+    *,
+    record: bool = False,
+    backend: BackendName = "auto",
 ) -> Iterator[Taps]:
     """Make the model behave as a point of the core space while the block runs.
 
@@ -123,6 +143,8 @@ def installed_taps(
         space: The core space of the adapters.
         core: The point, shape (D,); None or zero is the base model itself.
         record: Whether backward passes record scores.
+        backend: What projects activations and gradients (`sstmerge.ops.project_accumulate`); "auto" takes the kernels on a
+            GPU, and torch's matrix product, in the activations' own dtype, on a CPU.
 
     Yields:
         The taps.
@@ -142,7 +164,7 @@ def installed_taps(
                 if name not in modules:
                     missing.append(name)
                     continue
-                tap = Tap(name, group.U[j], group.V[j], None if cores is None else cores[i][j], anchor)
+                tap = Tap(name, group.U[j], group.V[j], None if cores is None else cores[i][j], anchor, backend)
                 module = getattr(modules[name], "base_layer", modules[name])
                 stack.callback(module.register_forward_hook(tap, with_kwargs=True).remove)
                 taps.append(tap)

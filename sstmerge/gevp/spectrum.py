@@ -13,7 +13,7 @@ Grosse 2015, https://arxiv.org/abs/1503.05671).
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from torch import Tensor
 from sstmerge.adapters import CoreSpace
 from sstmerge.errors import FisherError, InputError, SolverError
 from sstmerge.fisher import Fisher, KroneckerBasis, Structure
-from sstmerge.ops import generalized_eigh
+from sstmerge.ops import GeneralizedEigh, default_device, generalized_eigh_mixed
 
 # Relative damping where the user gives none. `global` needs the most: its F_cost is zero outside the span of the samples,
 # where any λ would be a guess. The experiments behind these values are in dev/LOG.md.
@@ -117,16 +117,19 @@ class KroneckerSpectrum(Spectrum):
         basis: The directions, (P, Q) per group, which `ekfac` refits its eigenvalues in.
     """
 
-    def __init__(self, gain: Fisher, cost: Fisher, damping: float) -> None:
-        P, Q, self._inverse_P, self._inverse_Q, products = [], [], [], [], []
+    def __init__(self, gain: Fisher, cost: Fisher, damping: float, device: torch.device) -> None:
+        pairs, names = [], []
         for group, (X_g, D_g), (X_c, D_c) in zip(
             gain.space.groups, gain.kronecker_factors(), cost.kronecker_factors(), strict=True
         ):
-            X_c = _damp(X_c, damping**0.5, group.names, "input covariance")
-            D_c = _damp(D_c, damping**0.5, group.names, "output-gradient covariance")
-            inputs, outputs = generalized_eigh(X_g, X_c), generalized_eigh(D_g, D_c)
-            inputs.raise_on_failure([f"{name} (input covariance)" for name in group.names])
-            outputs.raise_on_failure([f"{name} (output-gradient covariance)" for name in group.names])
+            for side, F_g, F_c in (("input covariance", X_g, X_c), ("output-gradient covariance", D_g, D_c)):
+                pairs.append((F_g, _damp(F_c, damping**0.5, group.names, side)))
+                names.append([f"{name} ({side})" for name in group.names])
+        solutions = _solve_all(pairs, names, device)
+        P, Q, self._inverse_P, self._inverse_Q, products = [], [], [], [], []
+        for inputs, outputs, (_, X_c), (_, D_c) in zip(
+            solutions[::2], solutions[1::2], pairs[::2], pairs[1::2], strict=True
+        ):
             P.append(inputs.eigenvectors)
             Q.append(outputs.eigenvectors)
             # From Pᵀ X_c P = I: P⁻¹ = Pᵀ X_c.
@@ -178,12 +181,11 @@ class EigenvalueCorrectedSpectrum(Spectrum):
 class BlockSpectrum(Spectrum):
     """`block`: one problem of size R_o R_i per layer."""
 
-    def __init__(self, gain: Fisher, cost: Fisher, damping: float) -> None:
+    def __init__(self, gain: Fisher, cost: Fisher, damping: float, device: torch.device) -> None:
         self._vectors, self._duals, values = [], [], []
         for group, F_g, F_c in zip(gain.space.groups, gain.blocks(), cost.blocks(), strict=True):
             damped = _damp(F_c, damping, group.names, "block")
-            solution = generalized_eigh(F_g, damped)
-            solution.raise_on_failure([f"{name} (block)" for name in group.names])
+            (solution,) = _solve_all([(F_g, damped)], [[f"{name} (block)" for name in group.names]], device)
             self._vectors.append(solution.eigenvectors)
             self._duals.append(solution.eigenvectors.mT @ damped)
             values.append(solution.eigenvalues.unflatten(1, group.core_shape[1:]))
@@ -261,22 +263,25 @@ class GlobalSpectrum(Spectrum):
         return slopes
 
 
-_SPECTRA: dict[Structure, type[Spectrum]] = {
+# Those that solve no batch of eigenproblems.
+_DIRECT: dict[Structure, Callable[[Fisher, Fisher, float], Spectrum]] = {
     Structure.DIAGONAL: DiagonalSpectrum,
-    Structure.KFAC: KroneckerSpectrum,
     Structure.EKFAC: EigenvalueCorrectedSpectrum,
-    Structure.BLOCK: BlockSpectrum,
     Structure.GLOBAL: GlobalSpectrum,
 }
 
 
-def solve(gain: Fisher, cost: Fisher, *, damping: float | None = None) -> Spectrum:
+def solve(
+    gain: Fisher, cost: Fisher, *, damping: float | None = None, device: torch.device | str | None = None
+) -> Spectrum:
     """Solve F_gain v = λ (F_cost + damping · scale · I) v.
 
     Args:
         gain: F_gain, from harmful prompts with refusals.
         cost: F_cost, from benign prompts; of the same structure, for the same adapters.
         damping: Relative damping; `DEFAULT_DAMPING` of the structure by default.
+        device: Where the eigenproblems of `kfac` and `block` are solved; by default a GPU where there is one. The spectrum
+            itself lives on the CPU.
 
     Returns:
         The spectrum.
@@ -297,7 +302,21 @@ def solve(gain: Fisher, cost: Fisher, *, damping: float | None = None) -> Spectr
     damping = DEFAULT_DAMPING[gain.structure] if damping is None else damping
     if not 0.0 <= damping < float("inf"):
         raise InputError(f"damping must be a finite number >= 0, but is {damping}.")
-    return _SPECTRA[gain.structure](gain, cost, damping)  # type: ignore[call-arg]
+    if gain.structure in (Structure.KFAC, Structure.BLOCK):
+        chosen = torch.device(device or default_device())
+        return (KroneckerSpectrum if gain.structure is Structure.KFAC else BlockSpectrum)(gain, cost, damping, chosen)
+    return _DIRECT[gain.structure](gain, cost, damping)
+
+
+def _solve_all(
+    pairs: Sequence[tuple[Tensor, Tensor]], names: Sequence[Sequence[str]], device: torch.device
+) -> list[GeneralizedEigh]:
+    """Solve batches of problems on a device, all of one size in one call, and bring the solutions to the CPU."""
+    solutions = generalized_eigh_mixed([(a.to(device), b.to(device)) for a, b in pairs])
+    on_cpu = [GeneralizedEigh(s.eigenvalues.cpu(), s.eigenvectors.cpu(), s.status.cpu()) for s in solutions]
+    for solution, members in zip(on_cpu, names, strict=True):
+        solution.raise_on_failure(members)
+    return on_cpu
 
 
 def _damp(matrices: Tensor, damping: float, names: Sequence[str], what: str) -> Tensor:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from sstmerge import ops
 from sstmerge.adapters import CoreSpace
 from sstmerge.errors import InputError
 
@@ -23,34 +24,32 @@ def dare(cores: Sequence[Tensor], weights: Sequence[float], *, drop_rate: float,
     """Drop core entries at random, rescale the others by 1 / (1 − p), and add.
 
     DARE (Yu et al. 2024, https://arxiv.org/abs/2311.03099) on core entries instead of weight entries; unbiased all the same.
+    Which entries are kept depends on the seed, the adapter's place and the entry alone, on every device.
 
     Args:
         cores: Coordinates of the adapters, each (D,).
         weights: Weight of each.
         drop_rate: Probability p of dropping an entry, in [0, 1).
-        seed: Seed of the random numbers.
+        seed: Seed of the random numbers, from 0 to 2⁶⁴ − 1.
 
     Returns:
         Coordinates, shape (D,).
 
     Raises:
-        InputError: If the drop rate is out of range.
+        InputError: If the drop rate or the seed is out of range.
     """
     if not 0.0 <= drop_rate < 1.0:
         raise InputError(f"drop_rate must lie in [0, 1), but is {drop_rate}.")
-    generator = torch.Generator().manual_seed(seed)
-    dropped = []
-    for core in cores:
-        kept = torch.rand(core.shape, generator=generator) >= drop_rate
-        dropped.append(core * kept / (1.0 - drop_rate))
+    dropped = ops.dare(list(cores), 1.0 - drop_rate, seed)
     return task_arithmetic(dropped, weights)
 
 
 def ties(space: CoreSpace, cores: Sequence[Tensor], weights: Sequence[float], *, density: float) -> Tensor:
     """Trim each core to its largest entries, elect signs, and average the entries that agree.
 
-    TIES (Yadav et al. 2023, https://arxiv.org/abs/2306.01708) on core entries; trimmed per layer, signs elected by the
-    sum of weighted entries, as in PEFT.
+    TIES (Yadav et al. 2023, https://arxiv.org/abs/2306.01708) on core entries, trimmed per layer. Unlike in PEFT, weights
+    are applied before signs are elected, so that a negative weight turns its adapter's votes; where the weighted
+    entries cancel exactly, the positive ones win, as there.
 
     Args:
         space: The space of the cores.
@@ -66,17 +65,10 @@ def ties(space: CoreSpace, cores: Sequence[Tensor], weights: Sequence[float], *,
     """
     if not 0.0 < density <= 1.0:
         raise InputError(f"density must lie in (0, 1], but is {density}.")
-    weighted = torch.stack([w * _trim(space, core, density) for w, core in zip(weights, cores, strict=True)])
-    sign = weighted.sum(dim=0).sign()
-    agrees = (weighted.sign() == sign) & (weighted != 0)
-    return (weighted * agrees).sum(dim=0) / agrees.sum(dim=0).clamp_min(1)
+    tasks = [_layers(space, w * core) for w, core in zip(weights, cores, strict=True)]
+    merged = ops.ties(tasks, [1.0] * len(tasks), density)
+    return torch.cat([layer.flatten() for layer in merged])
 
 
-def _trim(space: CoreSpace, core: Tensor, density: float) -> Tensor:
-    parts = []
-    for part in space.split(core):
-        flat = part.flatten(1)
-        kept = max(1, round(density * flat.shape[1]))
-        threshold = flat.abs().kthvalue(flat.shape[1] - kept + 1, dim=1, keepdim=True).values
-        parts.append(torch.where(flat.abs() >= threshold, flat, 0.0).unflatten(1, part.shape[1:]))
-    return space.join(parts)
+def _layers(space: CoreSpace, core: Tensor) -> list[Tensor]:
+    return [layer for part in space.split(core) for layer in part]

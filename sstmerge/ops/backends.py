@@ -13,9 +13,25 @@ from sstmerge.ops.extension import load_extension
 
 BackendName = Literal["auto", "cuda_compiled", "cuda_cupy", "cpu_compiled", "reference"]
 
-CPU_COMPILED_OPS = ("generalized_eigh",)
-KERNEL_OPS = ("filter_cores",)
-REFERENCE_OPS = ("generalized_eigh", "filter_cores")
+CPU_COMPILED_OPS = ("generalized_eigh", "dare", "magnitude_prune", "ties")
+KERNEL_OPS = (
+    "generalized_eigh",
+    "filter_cores",
+    "project_accumulate",
+    "sequence_scores",
+    "dare",
+    "magnitude_prune",
+    "ties",
+)
+REFERENCE_OPS = (
+    "generalized_eigh",
+    "filter_cores",
+    "project_accumulate",
+    "sequence_scores",
+    "dare",
+    "magnitude_prune",
+    "ties",
+)
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,11 @@ def as_tensor(name: str, value: Any) -> Tensor:
         The tensor, detached from autograd.
 
     Raises:
-        InputError: It is neither.
+        InputError: It is neither, or a sparse tensor.
     """
     if isinstance(value, Tensor):
+        if value.layout != torch.strided:
+            raise InputError(f"{name} must be a dense tensor, not one of layout {value.layout}: call .to_dense()")
         return value.detach()
     if hasattr(value, "__dlpack__"):
         try:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from sstmerge.errors import InputError
+from sstmerge.ops import default_device
 
 DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 QUANTIZATIONS = ("4bit", "8bit")
@@ -73,11 +74,6 @@ def load_tokenizer(base: str, *, revision: str | None = None) -> Any:
         return AutoTokenizer.from_pretrained(base, revision=revision)
     except (OSError, ValueError, ImportError) as error:
         raise InputError(f"The tokenizer of '{base}' cannot be loaded: {error}") from error
-
-
-def default_device() -> str:
-    """Return `cuda` where there is a GPU, and `cpu` elsewhere."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def parameter_count(base: str, *, revision: str | None = None) -> int:

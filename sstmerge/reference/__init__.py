@@ -6,5 +6,19 @@ is there. They expect valid arguments; `sstmerge.ops` validates.
 
 from sstmerge.reference.cores import filter_cores
 from sstmerge.reference.eigen import GeneralizedEigh, SolveStatus, generalized_eigh
+from sstmerge.reference.projection import project_accumulate
+from sstmerge.reference.scores import SequenceScores, sequence_scores
+from sstmerge.reference.sparsify import dare, magnitude_prune, ties
 
-__all__ = ["GeneralizedEigh", "SolveStatus", "filter_cores", "generalized_eigh"]
+__all__ = [
+    "GeneralizedEigh",
+    "SequenceScores",
+    "SolveStatus",
+    "dare",
+    "filter_cores",
+    "generalized_eigh",
+    "magnitude_prune",
+    "project_accumulate",
+    "sequence_scores",
+    "ties",
+]

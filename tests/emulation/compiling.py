@@ -32,7 +32,14 @@ def headers(kernels: Path = KERNELS) -> list[Path]:
     return [path for path in sorted(kernels.glob("*.cuh")) if kernel_lists(path)]
 
 
-def build(cache: Path, *, sanitized: bool = False, kernels: Path = KERNELS, only: str | None = None) -> Path:
+def build(
+    cache: Path,
+    *,
+    sanitized: bool = False,
+    kernels: Path = KERNELS,
+    only: str | None = None,
+    kernel: str | None = None,
+) -> Path:
     """Compile the kernels of a folder, unless the same sources were compiled before.
 
     Args:
@@ -41,6 +48,7 @@ def build(cache: Path, *, sanitized: bool = False, kernels: Path = KERNELS, only
             shared library.
         kernels: Folder of the kernels' sources.
         only: Name of the one header to compile, without its suffix; all of them by default.
+        kernel: Name of the one kernel of that header to compile; all of them by default.
 
     Returns:
         The library or program.
@@ -49,7 +57,8 @@ def build(cache: Path, *, sanitized: bool = False, kernels: Path = KERNELS, only
         RuntimeError: It does not compile.
     """
     chosen = [path for path in headers(kernels) if only in (None, path.stem)]
-    entries = "".join(f"{name}(EMULATION_ENTRY)\n" for path in chosen for name in kernel_lists(path))
+    lists = "".join(f"{name}(EMULATION_ENTRY)\n" for path in chosen for name in kernel_lists(path))
+    entries = lists if kernel is None else f"EMULATION_ENTRY({kernel})\n"
     table = "".join(f'#include "{path.name}"\n' for path in chosen) + (
         '#include "launch.h"\n'
         "const std::map<std::string, emulation::Launch>& emulation::launches() {\n"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import compiling
 import pytest
-from launchers import ORDERS, EmulatedLauncher, EmulationError, SanitizedLauncher
+from launchers import ORDERS, EmulatedLauncher, EmulationError, PartlyBrokenLauncher, SanitizedLauncher
 
 from sstmerge.ops import launch
 
@@ -42,20 +42,31 @@ def sanitized(emulation_cache, monkeypatch) -> SanitizedLauncher:
 def is_caught(emulation_cache, monkeypatch, tmp_path) -> Callable[..., bool]:
     """A function that breaks a kernel and tells whether a check notices.
 
-    `is_caught(header, old, new, check, sanitized=False)` replaces a text that occurs once in a source, compiles the
-    kernels of `<header>.cuh`, and runs `check(backend)` in every order. It is noticed where the check raises
-    AssertionError, or the emulation or a sanitizer stops the kernel.
+    `is_caught(header, old, new, check, sanitized=False, kernel=None)` replaces a text that occurs once in a source,
+    compiles the kernels of `<header>.cuh` (or only the one kernel, the only one of that header that the check may
+    launch), and runs `check(backend)` in every order, with intact kernels of all other headers. It is noticed where the
+    check raises AssertionError, or the emulation or a sanitizer stops the kernel.
     """
 
-    def run(header: str, old: str, new: str, check: Callable[[str], None], *, sanitized: bool = False) -> bool:
+    def run(
+        header: str,
+        old: str,
+        new: str,
+        check: Callable[[str], None],
+        *,
+        sanitized: bool = False,
+        kernel: str | None = None,
+    ) -> bool:
         kernels = tmp_path / "kernels"
         shutil.copytree(compiling.KERNELS, kernels, dirs_exist_ok=True)
         places = [path for path in kernels.glob("*.cuh") if old in path.read_text(encoding="utf-8")]
         if len(places) != 1 or places[0].read_text(encoding="utf-8").count(old) != 1:
             raise ValueError(f"the text to break must occur once in the sources, and is in {places}: {old}")
         places[0].write_text(places[0].read_text(encoding="utf-8").replace(old, new), encoding="utf-8")
-        product = compiling.build(emulation_cache, sanitized=sanitized, kernels=kernels, only=header)
-        launcher = (SanitizedLauncher if sanitized else EmulatedLauncher)(product)
+        product = compiling.build(emulation_cache, sanitized=sanitized, kernels=kernels, only=header, kernel=kernel)
+        broken = (SanitizedLauncher if sanitized else EmulatedLauncher)(product)
+        intact = EmulatedLauncher(compiling.build(emulation_cache))
+        launcher = PartlyBrokenLauncher(broken, intact, header, kernel)
         monkeypatch.setitem(launch.LAUNCHERS, "mutant", lambda: (launcher, "a broken kernel"))
         for launcher.order in ORDERS:
             try:

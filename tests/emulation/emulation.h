@@ -24,7 +24,7 @@
 #include <string>
 #include <vector>
 
-#define __global__
+#define __global__ inline  // so that kernels that nobody launches are not compiled
 #define __device__
 #define __host__
 #define __forceinline__ inline
@@ -162,7 +162,7 @@ inline void run_block(unsigned threads, std::size_t shared_bytes, const std::fun
     running.fibers = std::vector<Fiber>(threads);
     block = &running;
     for (Fiber& fiber : running.fibers) {
-        fiber.stack = std::make_unique<char[]>(kStackBytes);
+        fiber.stack.reset(new char[kStackBytes]);  // not make_unique, which would fill it with zeros
         getcontext(&fiber.context);
         fiber.context.uc_stack.ss_sp = fiber.stack.get();
         fiber.context.uc_stack.ss_size = kStackBytes;
@@ -244,6 +244,19 @@ inline float __uint_as_float(unsigned bits) {
     std::memcpy(&value, &bits, sizeof value);
     return value;
 }
+inline double __longlong_as_double(long long bits) {
+    double value;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
+}
+inline float __fmul_rn(float a, float b) { return a * b; }
+inline double __dmul_rn(double a, double b) { return a * b; }
+// Threads take turns, so that nothing comes between the load and the store.
+inline unsigned atomicAdd(unsigned* address, unsigned value) {
+    const unsigned before = *address;
+    *address += value;
+    return before;
+}
 inline unsigned __umulhi(unsigned a, unsigned b) {
     return static_cast<unsigned>((static_cast<std::uint64_t>(a) * b) >> 32);
 }
@@ -254,7 +267,9 @@ using std::fabs;
 using std::fma;
 using std::fmax;
 using std::fmin;
+using std::ilogb;
 using std::isfinite;
+using std::ldexp;
 using std::sqrt;
 
 struct Bfloat16 {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import struct
 import subprocess
@@ -20,15 +21,25 @@ class EmulationError(RuntimeError):
     """What the emulation or a sanitizer has caught."""
 
 
-class EmulatedLauncher:
+class NoStreams:
+    """Calls between kernels act at once, and there is one device."""
+
+    device_type = "cpu"
+
+    def stream(self, device: torch.device) -> int:
+        return 0
+
+    def guard(self, device: torch.device) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+
+class EmulatedLauncher(NoStreams):
     """Runs every launch on the tensors themselves, in a given order of threads and blocks.
 
     Attributes:
         order: 0 forwards, 1 backwards, more: shuffled with this seed.
         launched: Names of the kernels that ran.
     """
-
-    device_type = "cpu"
 
     def __init__(self, library: Path) -> None:
         self.order = 0
@@ -54,10 +65,8 @@ class EmulatedLauncher:
             raise EmulationError(message.decode())
 
 
-class SanitizedLauncher:
+class SanitizedLauncher(NoStreams):
     """Runs every launch in a process of its own under the sanitizers, on copies that are copied back."""
-
-    device_type = "cpu"
 
     def __init__(self, program: Path) -> None:
         self.order = 0
@@ -80,7 +89,8 @@ class SanitizedLauncher:
                 base = argument.untyped_storage().data_ptr()
                 words += struct.pack("<qq", index[base], argument.data_ptr() - base)
             else:
-                words += struct.pack("<q", -1) + np.asarray(argument).tobytes().ljust(8, b"\0")
+                value = np.asarray(0 if argument is None else argument)
+                words += struct.pack("<q", -1) + value.tobytes().ljust(8, b"\0")
         done = subprocess.run([self._program], input=words, capture_output=True, check=False)
         if done.returncode != 0:
             raise EmulationError(done.stderr.decode(errors="replace")[:4000])
@@ -89,6 +99,24 @@ class SanitizedLauncher:
             size = storage.nbytes()
             ctypes.memmove(storage.data_ptr(), done.stdout[position : position + size], size)
             position += size
+
+
+class PartlyBrokenLauncher(NoStreams):
+    """Runs the kernels of one header, or one kernel, from a broken build, and those of other headers from an intact one."""
+
+    def __init__(
+        self, broken: EmulatedLauncher | SanitizedLauncher, intact: EmulatedLauncher, module: str, kernel: str | None
+    ) -> None:
+        self.order = 0
+        self._broken, self._intact = broken, intact
+        self._module, self._kernel = module, kernel
+
+    def launch(self, module, kernel, grid, block, shared_bytes, device, arguments: list[Argument]) -> None:
+        if module == self._module and self._kernel not in {None, kernel}:
+            raise ValueError(f"the check launches {kernel}, but only {self._kernel} was compiled")
+        chosen = self._broken if module == self._module else self._intact
+        chosen.order = self.order
+        chosen.launch(module, kernel, grid, block, shared_bytes, device, arguments)
 
 
 def bytes_of(storage: torch.UntypedStorage) -> bytes:

@@ -1,5 +1,33 @@
 """Every merging method that can be asked for by name."""
 
-from sstmerge.merging.methods.registry import CoreBatch, DeltaLayer, Method, Option, Registry
+from sstmerge.merging.methods import knots, linear, safety, sparse, spectral, statistical
+from sstmerge.merging.methods.registry import (
+    CoreBatch,
+    DeltaLayer,
+    FactorLayer,
+    Layers,
+    LowRank,
+    Method,
+    Option,
+    RebasedCores,
+    Registry,
+)
+from sstmerge.merging.methods.similarity import expert_similarity
 
-__all__ = ["CoreBatch", "DeltaLayer", "Method", "Option", "Registry"]
+REGISTRY = Registry()
+for _family in (linear, sparse, spectral, knots, statistical, safety):
+    REGISTRY.add(_family.METHODS)
+
+__all__ = [
+    "REGISTRY",
+    "CoreBatch",
+    "DeltaLayer",
+    "FactorLayer",
+    "Layers",
+    "LowRank",
+    "Method",
+    "Option",
+    "RebasedCores",
+    "Registry",
+    "expert_similarity",
+]

@@ -13,17 +13,19 @@ A function acts on one of three things:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from torch import Tensor
 
 from sstmerge.errors import InputError
 
 ActsOn = Literal["core", "delta", "factors"]
+# The rank of the result where the user names none: enough for every digit, or the largest rank among the adapters.
+DefaultRank = Literal["lossless", "largest"]
 # What a method needs beside the adapters and their weights.
-Need = Literal["safety", "fishers", "gain_and_cost", "aligned_pair"]
+Need = Literal["safety", "fishers", "gain", "gain_and_cost", "aligned_pair"]
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ class CoreBatch:
         weights: Weight of every adapter, shape (T,), float64.
         adapters: Names of the T adapters.
         group: Index of this batch in the core space, by which statistics are found.
+        safety: Index of the safety adapter among the T, for methods that need one; None where the merge has none.
     """
 
     names: tuple[str, ...]
@@ -47,6 +50,20 @@ class CoreBatch:
     weights: Tensor
     adapters: tuple[str, ...]
     group: int
+    safety: int | None = None
+
+
+@dataclass(frozen=True)
+class RebasedCores:
+    """Merged cores whose columns leave the span of the batch's U: ΔW = U' M Vᵀ.
+
+    Attributes:
+        U: Orthonormal output bases, shape (L, d_out, R'), float32.
+        cores: M, shape (L, R', R_i), float64.
+    """
+
+    U: Tensor
+    cores: Tensor
 
 
 @dataclass(frozen=True)
@@ -55,10 +72,10 @@ class DeltaLayer:
 
     Attributes:
         name: Module path.
-        deltas: ΔW_t of every adapter, shape (T, d_out, d_in), float32.
+        deltas: ΔW_t of every adapter that has the layer, shape (T, d_out, d_in), float32.
         weights: Weight of every adapter, shape (T,), float32.
         adapters: Names of the T adapters.
-        index: Position of the layer among all layers, which decides its random numbers.
+        index: Position of the layer among all layers.
     """
 
     name: str
@@ -66,6 +83,54 @@ class DeltaLayer:
     weights: Tensor
     adapters: tuple[str, ...]
     index: int
+
+
+@dataclass(frozen=True)
+class FactorLayer:
+    """One layer, as a factor method sees it.
+
+    Attributes:
+        name: Module path.
+        A: lora_A of every adapter that has the layer, each (r_t, d_in), in the adapter's dtype.
+        B: lora_B of every adapter, each (d_out, r_t).
+        scalings: PEFT's scaling of every adapter.
+        weights: Weight of every adapter, shape (T,), float64.
+        adapters: Names of the T adapters.
+    """
+
+    name: str
+    A: tuple[Tensor, ...]
+    B: tuple[Tensor, ...]
+    scalings: tuple[float, ...]
+    weights: Tensor
+    adapters: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """Merged weight changes as factors, ΔW = B A, for results that leave the span of the batch's V.
+
+    Attributes:
+        B: Shape (..., d_out, k).
+        A: Shape (..., k, d_in).
+    """
+
+    B: Tensor
+    A: Tensor
+
+
+class Layers(Protocol):
+    """All layers of a merge, for methods that must see them together before the first is merged.
+
+    Iterating yields the batches (`CoreBatch` or `DeltaLayer`) that the function will be given, in the same order; it can
+    be done more than once, and holds only one batch at a time.
+    """
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Module paths of all layers."""
+
+    def __iter__(self) -> Iterator[Any]: ...
 
 
 @dataclass(frozen=True)
@@ -110,13 +175,34 @@ class Option:
             raise InputError(f"{self.name} must be of type {self.kind.__name__}, but is {value!r}.")
         if self.choices and value not in self.choices:
             raise InputError(f"{self.name} must be one of {list(self.choices)}, but is {value!r}.")
-        if self.kind in (int, float):
-            number = float(value)
-            inside = self.low < number <= self.high or (number == self.low and self.low_is_allowed)
+        if self.kind in (int, float) and isinstance(value, int | float):
+            inside = self.low < value <= self.high or (value == self.low and self.low_is_allowed)
             if not inside:  # NaN is not inside either
                 left = "[" if self.low_is_allowed and self.low > -math.inf else "("
                 raise InputError(f"{self.name} must lie in {left}{self.low}, {self.high}], but is {value!r}.")
         return value
+
+    def parse(self, text: str) -> Any:
+        """Read a value that was written as text.
+
+        Args:
+            text: Such as `0.2` or, for bool, `true` or `false`.
+
+        Returns:
+            The value, checked.
+
+        Raises:
+            InputError: It is of another type or out of range.
+        """
+        value: Any = text
+        if self.kind is bool:
+            value = {"true": True, "false": False}.get(text.lower(), text)
+        elif self.kind is not str:
+            try:
+                value = self.kind(text)
+            except ValueError:
+                value = text
+        return self.check(value)
 
 
 @dataclass(frozen=True)
@@ -127,13 +213,17 @@ class Method:
         name: Its name, in Python and on the command line.
         title: Its name in words.
         function: `function(batch_or_layer, **options)`; with statistics, `function(batch, statistics, **options)`. Returns
-            merged cores (L, R_o, R_i), a merged delta (d_out, d_in), or merged factors.
+            merged cores (L, R_o, R_i), `RebasedCores` or `LowRank` for a batch of cores; a merged delta (d_out, d_in); or,
+            for factors, a `LowRank`.
         acts_on: What the function acts on.
         formula: The formula, in one or two lines of plain text.
         paper: URL of the paper.
         options: Its options.
         needs: What it needs beside the adapters.
         note: What a user should know before choosing it; may be empty.
+        rank: Rank of the result where the user names none.
+        prepare: `prepare(layers, **options)`, called once before the first layer is merged; what it returns is given to
+            `function` as further keyword arguments.
     """
 
     name: str
@@ -145,6 +235,8 @@ class Method:
     options: tuple[Option, ...] = ()
     needs: tuple[Need, ...] = ()
     note: str = ""
+    rank: DefaultRank = "lossless"
+    prepare: Callable[..., Mapping[str, Any]] | None = None
 
     def resolve(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """Fill in defaults and check what the user gave.

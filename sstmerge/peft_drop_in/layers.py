@@ -1,0 +1,115 @@
+"""LoRA layers of a live PEFT model, whatever they adapt, as pairs of matrices: ΔW = scaling · B A.
+
+Linear layers (with `fan_in_fan_out` and quantised ones), embeddings and convolutions all fit: a convolution's lora_A is a
+matrix once its kernel is flattened into the input, an embedding's factors are parameters instead of modules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from peft.tuners.lora import LoraLayer, LoraModel
+from torch import Tensor, nn
+
+from sstmerge.adapters import LoraFactors
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One LoRA layer.
+
+    Attributes:
+        path: Its path in the base model.
+        module: PEFT's layer.
+        inside_another: Whether it lies inside another LoRA layer (the output projection of `nn.MultiheadAttention`).
+    """
+
+    path: str
+    module: LoraLayer
+    inside_another: bool
+
+    def has(self, adapter: str) -> bool:
+        """Whether an adapter has factors here."""
+        return adapter in self.module.lora_A or adapter in self.module.lora_embedding_A
+
+    def parameters(self, adapter: str) -> tuple[nn.Parameter, nn.Parameter]:
+        """Return lora_A and lora_B as they are."""
+        if adapter in self.module.lora_A:
+            return self.module.lora_A[adapter].weight, self.module.lora_B[adapter].weight
+        return self.module.lora_embedding_A[adapter], self.module.lora_embedding_B[adapter]
+
+    def factors(self, adapter: str) -> LoraFactors:
+        """Return views of the factors as matrices, A (r, d_in) and B (d_out, r), detached."""
+        A, B = self.parameters(adapter)
+        scaling = float(self.module.scaling[adapter])
+        return LoraFactors(A=A.detach().flatten(1), B=B.detach().flatten(1), scaling=scaling)
+
+    def bias(self, adapter: str) -> nn.Parameter | None:
+        """Return the bias of lora_B; None where the adapter has none."""
+        return getattr(self.module.lora_B[adapter], "bias", None) if adapter in self.module.lora_B else None
+
+    def members(self, adapters: Sequence[str]) -> list[int]:
+        """Return which of the adapters have factors here, by position."""
+        return [index for index, adapter in enumerate(adapters) if self.has(adapter)]
+
+    @property
+    def groups(self) -> int:
+        """Groups of a convolution; 1 elsewhere."""
+        return int(getattr(self.module.get_base_layer(), "groups", 1))
+
+    def delta(self, adapter: str) -> Tensor:
+        """Return the dense ΔW in the shape, strides and dtype that PEFT gives it.
+
+        PEFT draws random numbers in the order of these strides. Layers that have no such function (some quantised ones) are
+        linear, and their ΔW is a plain product.
+        """
+        if hasattr(self.module, "get_delta_weight"):
+            delta: Tensor = self.module.get_delta_weight(adapter)
+            return delta.detach()
+        factors = self.factors(adapter)
+        return (factors.B.float() @ factors.A.float() * factors.scaling).to(factors.B.dtype)
+
+    def as_matrix(self, delta: Tensor) -> Tensor:
+        """Turn a dense ΔW of PEFT's shape into B A, shape (d_out, d_in)."""
+        is_transposed = bool(getattr(self.module, "fan_in_fan_out", False)) or len(self.module.lora_embedding_A) > 0
+        return delta.mT if is_transposed else delta.flatten(1)
+
+    def write(self, adapter: str, A: Tensor, B: Tensor, bias: Tensor | None) -> None:
+        """Set the factors of an adapter that PEFT has just made, padded with zeros to its rank.
+
+        Args:
+            adapter: The adapter.
+            A: Shape (k, d_in) with k up to the adapter's rank; its dtype becomes the adapter's.
+            B: Shape (d_out, k), the same dtype.
+            bias: Bias of lora_B, shape (d_out,); None leaves what is there.
+        """
+        new_A, new_B = self.parameters(adapter)
+        rank, padded_A, padded_B = len(new_A), A, B
+        if A.shape[0] < rank:
+            padded_A, padded_B = A.new_zeros(rank, A.shape[1]), B.new_zeros(B.shape[0], rank)
+            padded_A[: A.shape[0]], padded_B[:, : B.shape[1]] = A, B
+        # Copies: a slice would keep the whole of what it was cut from.
+        new_A.data = padded_A.reshape(new_A.shape).to(new_A.device).clone(memory_format=torch.contiguous_format)
+        new_B.data = padded_B.reshape(new_B.shape).to(new_B.device).clone(memory_format=torch.contiguous_format)
+        own = self.bias(adapter)
+        if own is not None:
+            own.data = (own.new_zeros(own.shape) if bias is None else bias).to(device=own.device, dtype=B.dtype)
+
+
+def lora_layers(model: LoraModel) -> list[Layer]:
+    """Return the LoRA layers of a model in the order in which PEFT visits them.
+
+    Args:
+        model: The tuner.
+
+    Returns:
+        The layers.
+    """
+    layers: list[Layer] = []
+    for path, module in model.model.named_modules():
+        if isinstance(module, LoraLayer) and "lora_" not in path:
+            inside = any(path.startswith(f"{layer.path}.") for layer in layers)
+            layers.append(Layer(path, module, inside))
+    return layers

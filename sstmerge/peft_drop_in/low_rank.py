@@ -1,0 +1,62 @@
+"""The truncated SVD of Σ_t w_t B_t A_t, without forming it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+# Cholesky pivots of the unit rows of A below which the Gram matrix is too ill-conditioned to be divided by.
+_SMALLEST_PIVOT = 1e-3
+
+
+def weighted_sum_svd(
+    A: Sequence[Tensor], B: Sequence[Tensor], weights: Sequence[float], rank: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the leading singular triplets of Σ_t w_t B_t A_t.
+
+    With the stacks B = [w_t B_t] and A, and A Aᵀ = L Lᵀ, the eigenpairs of Lᵀ (BᵀB) L are the squared singular values σ² and
+    vectors Y with u σ = B L y and vᵀ = yᵀ L⁻¹ A: two small Gram matrices, one Cholesky factor and one eigenproblem, in
+    float64. Where the rows of A are nearly dependent, or the factors are float64 themselves, both stacks are orthogonalised
+    instead (QR), and the SVD is that of the product of the triangles.
+
+    Args:
+        A: Factors that read the input, each (r_t, d_in).
+        B: Factors that write the output, each (d_out, r_t).
+        weights: One weight per adapter, scaling included.
+        rank: Number k of triplets; at most Σ r_t, d_out and d_in.
+
+    Returns:
+        u (d_out, k) and singular values (k,), falling, and vᵀ (k, d_in), float64.
+    """
+    exact = A[0].dtype == torch.float64
+    A_stack = torch.cat([factor.detach().double() for factor in A])
+    B_stack = torch.cat([weight * factor.detach().double() for factor, weight in zip(B, weights, strict=True)], dim=1)
+    # Unit rows: the conditioning then does not depend on how a rank-one term is split between its two factors.
+    norms = A_stack.norm(dim=1)
+    norms = torch.where(norms > 0, norms, 1.0)
+    A_stack /= norms[:, None]
+    B_stack *= norms
+    # A Cholesky factor needs independent rows.
+    if not exact and A_stack.shape[0] <= A_stack.shape[1]:
+        lower, failed = torch.linalg.cholesky_ex(A_stack @ A_stack.mT)
+        if int(failed) == 0 and float(lower.diagonal().min()) > _SMALLEST_PIVOT:
+            return _from_gram(A_stack, B_stack, lower, rank)
+    return _from_orthogonal(A_stack, B_stack, rank)
+
+
+def _from_gram(A: Tensor, B: Tensor, lower: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    squares, vectors = torch.linalg.eigh(lower.mT @ (B.mT @ B) @ lower)
+    squares, vectors = squares[-rank:].flip(0), vectors[:, -rank:].flip(1)
+    values = squares.clamp_min(0).sqrt()
+    right = torch.linalg.solve_triangular(lower.mT, vectors, upper=True).mT @ A
+    left = (B @ (lower @ vectors)) / torch.where(values > 0, values, 1.0)
+    return left, values, right
+
+
+def _from_orthogonal(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    left_basis, left_triangle = torch.linalg.qr(B)
+    right_basis, right_triangle = torch.linalg.qr(A.mT)
+    left, values, right = torch.linalg.svd(left_triangle @ right_triangle.mT, full_matrices=False)
+    return left_basis @ left[:, :rank], values[:rank], right[:rank] @ right_basis.mT
