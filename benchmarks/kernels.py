@@ -40,16 +40,14 @@ def run(device: torch.device, arguments: argparse.Namespace, console: Console) -
     failures: list[str] = []
     threads = [None] if device.type == "cuda" else sorted({1, min(2, os.cpu_count() or 1)})
     repetitions, seconds = (5, 1.0) if arguments.quick else (15, 3.0)
-    end = time.perf_counter() + arguments.seconds
-    for op, cases in CASES.items():
-        if arguments.only not in {None, op}:
-            continue
+    start = time.perf_counter()
+    chosen = {op: cases for op, cases in CASES.items() if arguments.only in {None, op}}
+    for number_of_op, (op, cases) in enumerate(chosen.items(), start=1):
+        end = start + arguments.seconds * number_of_op / len(chosen)  # every op gets its share
         for case in cases(device, arguments.quick):
             if time.perf_counter() > end:
-                console.print(
-                    f"the time limit of {arguments.seconds:.0f} s is reached: {op} and what follows is left out"
-                )
-                return results, failures
+                console.print(f"{op}: its time is over; {case.shape} and what follows is left out")
+                break
             for number in threads:
                 if number is not None:
                     torch.set_num_threads(number)
@@ -100,7 +98,9 @@ def main() -> int:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--quick", action="store_true", help="fewer problems and repetitions: about a minute")
     parser.add_argument("--only", choices=CASES, help="one group of ops")
-    parser.add_argument("--seconds", type=float, default=1e9, help="time limit: no case is begun after it")
+    parser.add_argument(
+        "--seconds", type=float, default=1e9, help="time limit, shared by the ops: no case is begun after it"
+    )
     parser.add_argument("--out", type=Path, help="JSON file of the results")
     parser.add_argument(
         "--driver-table", type=Path, help="driver table to put this GPU's times into; nothing else runs"

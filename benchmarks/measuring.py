@@ -27,6 +27,9 @@ from sstmerge.atomic import atomic_file
 Call = Callable[[], object]
 COPY = "copy"
 
+# Seconds: what a timing of repeated calls should take, and what a call may take to be timed more than once.
+TIMING, SLOW = 5e-3, 1.0
+
 
 @dataclass(frozen=True)
 class Case:
@@ -103,7 +106,8 @@ def measure(case: Case, device: torch.device, *, repetitions: int, seconds: floa
     Args:
         case: The problem.
         device: Where it lives.
-        repetitions: Rounds over all variants, fewer where `seconds` are over; at least three.
+        repetitions: Rounds over all variants, fewer where `seconds` are over; at least three. A variant of others that
+            takes seconds is timed once.
         seconds: Time limit of the rounds.
 
     Returns:
@@ -113,12 +117,18 @@ def measure(case: Case, device: torch.device, *, repetitions: int, seconds: floa
     calls = dict(case.variants)
     if case.bytes and device.type == "cuda":
         calls[COPY] = copy_of(case.bytes, device)
-    loops = {name: _calls_per_timing(call, device) for name, call in calls.items()}
+    loops, slow = {}, {}
+    for name, call in calls.items():
+        once = _time(call, 1, device)
+        if once > SLOW and name != next(iter(calls)):
+            slow[name] = once
+        else:
+            loops[name] = max(1, min(50, int(TIMING / max(_time(call, 1, device), 1e-6))))
     times: dict[str, list[float]] = {name: [] for name in calls}
     end = time.perf_counter() + seconds
     for repetition in range(repetitions):
         for name, call in calls.items():
-            times[name].append(_time(call, loops[name], device))
+            times[name].append(slow[name] if name in slow else _time(call, loops[name], device))
         if time.perf_counter() > end and repetition >= 2:
             break
     ours = times[next(iter(calls))]
@@ -132,6 +142,7 @@ def measure(case: Case, device: torch.device, *, repetitions: int, seconds: floa
         "flops": case.flops,
         "deviation": deviation if math.isfinite(deviation) else None,
         "right": deviation <= case.tolerance,
+        "timed_once": [*slow],
         "milliseconds": {name: _spread([1e3 * t for t in values]) for name, values in times.items()},
         "ratios": {
             name: statistics.median(other / own for other, own in zip(values, ours, strict=True))
@@ -150,13 +161,6 @@ def copy_of(traffic: int, device: torch.device) -> Call:
     source = torch.ones(max(traffic // 8, 1), dtype=torch.float32, device=device)
     target = torch.empty_like(source)
     return lambda: target.copy_(source)
-
-
-def _calls_per_timing(call: Call, device: torch.device) -> int:
-    """Return how often to call so that a timing takes about five milliseconds; the calls also warm up."""
-    _time(call, 1, device)
-    once = _time(call, 1, device)
-    return max(1, min(50, int(5e-3 / max(once, 1e-6))))
 
 
 def _time(call: Call, calls: int, device: torch.device) -> float:
@@ -198,7 +202,7 @@ def print_results(results: list[dict], console: Console) -> None:
         for row in rows:
             ours = next(iter(row["milliseconds"].values()))
             ratios = (f"{row['ratios'][name]:.2f}" if name in row["ratios"] else "" for name in others)
-            speed = (f"{row['gigabytes_per_second']:.0f}", f"{row['tera_flops']:.2f}")
+            speed = (f"{row['gigabytes_per_second']:.1f}", f"{row['tera_flops']:.2f}")
             deviation = f"{row['deviation']:.0e}" if row["right"] else f"WRONG: {row['deviation']}"
             table.add_row(row["shape"], str(row["threads"]), f"{ours['median']:.3f}", *ratios, *speed, deviation)
         console.print(table)

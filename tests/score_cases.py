@@ -75,7 +75,15 @@ def score_case(
     weights = torch.rand(len(spans), generator=generator) + 0.5
     weights[::3] = 0
     rotation = (draw(columns[0], columns[0]), draw(columns[1], columns[1]))
-    return ScoreCase(x, gradient, V, U, torch.tensor(spans, dtype=torch.int64).reshape(-1, 2), weights if weighted else None, rotation)
+    return ScoreCase(
+        x,
+        gradient,
+        V,
+        U,
+        torch.tensor(spans, dtype=torch.int64).reshape(-1, 2),
+        weights if weighted else None,
+        rotation,
+    )
 
 
 def exact_scores(case: ScoreCase) -> SequenceScores:

@@ -71,6 +71,7 @@ def test_a_yaml_configuration_equals_the_flags(monkeypatch, job, tmp_path):
 
 
 def test_a_dry_run_prints_the_plan_and_writes_nothing(monkeypatch, job, tmp_path, capsys):
+    monkeypatch.setenv("COLUMNS", "300")
     out = tmp_path / "merged"
     command = ["merge", "--method", "ties", *adapters(job), "--weight", "1", "--weight", "0.25", "--dry-run"]
     assert run(monkeypatch, *command, "--out", str(out)) == 0

@@ -16,7 +16,7 @@ from sstmerge.pipeline.doctor import diagnose, render
 
 
 def rendered(diagnosis: doctor.Diagnosis) -> str:
-    console = Console(width=200, file=io.StringIO())
+    console = Console(width=320, file=io.StringIO())
     console.print(render(diagnosis))
     return console.file.getvalue()
 
@@ -109,6 +109,18 @@ def test_a_wrong_sparsifier_is_found(monkeypatch, op, change):
     monkeypatch.setattr(ops, op, lambda *values, **options: [change(t) for t in right(*values, **options)])
 
     assert {check.op for check in diagnose().checks if not check.ok} == {op}
+
+
+def test_wrong_scores_are_found(monkeypatch):
+    right = ops.sequence_scores
+
+    def slightly_wrong(*arguments, **options):
+        scores = right(*arguments, **options)
+        return dataclasses.replace(scores, rotated_square_sum=scores.rotated_square_sum * 1.001)
+
+    monkeypatch.setattr(ops, "sequence_scores", slightly_wrong)
+
+    assert [check.op for check in diagnose().checks if not check.ok] == ["sequence_scores"] * 2
 
 
 def test_nan_that_calls_itself_a_solution_is_found(monkeypatch):

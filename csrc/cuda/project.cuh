@@ -1,8 +1,7 @@
 // Projections Y = X V of tall matrices, and the sums of their outer products, in one pass over X.
 //
 // Blocks take tiles of rows in turn. Where V has at most 64 columns, the Gram of a block's tiles stays in its registers
-// until it is done: partial sums in float, one matrix per block, which add_gram_partials adds in a fixed order in
-// double.
+// until it is done: partial sums in float, one matrix per block, which project_partials.cuh adds in double.
 #pragma once
 
 #include "tile.cuh"
@@ -157,32 +156,6 @@ __device__ __forceinline__ void project_float32(const Projection<float>& all) {
     });
 }
 
-// covariance (columns x columns, contiguous) += the block of rows and columns first... of all partials (count, pitch,
-// pitch). 8 threads share an element and add every eighth partial; the upper triangle is mirrored, so that what is
-// added is exactly symmetric. Blocks of 256 threads for every 32 elements. Shared memory: 256 doubles.
-__device__ __forceinline__ void add_partials(const float* __restrict__ partials, int count, int pitch, int first,
-                                             double* __restrict__ covariance, int columns) {
-    SSTMERGE_SHARED_MEMORY(shared);
-    double* sums = reinterpret_cast<double*>(shared);
-    const int lane = threadIdx.x % 32, slice = threadIdx.x / 32;
-    const long long element = static_cast<long long>(blockIdx.x) * 32 + lane;
-    const int i = static_cast<int>(element / columns), j = static_cast<int>(element % columns);
-    double sum = 0.0;
-    if (i <= j) {
-        const float* source = partials + static_cast<long long>(first + i) * pitch + first + j;
-#pragma unroll 4
-        for (int partial = slice; partial < count; partial += 8) {
-            sum += static_cast<double>(source[static_cast<long long>(partial) * pitch * pitch]);
-        }
-    }
-    sums[threadIdx.x] = sum;
-    __syncthreads();
-    if (slice > 0 || i > j) return;
-    for (int other = 1; other < 8; ++other) sum += sums[other * 32 + lane];
-    covariance[static_cast<long long>(i) * columns + j] += sum;
-    if (i != j) covariance[static_cast<long long>(j) * columns + i] += sum;
-}
-
 }  // namespace sstmerge::device
 
 // Two blocks per multiprocessor, so that one computes its Gram while the other one's copies are under way.
@@ -236,19 +209,14 @@ SSTMERGE_DEFINE_PROJECT_FLOAT32(project_float32_64x16, FloatTile64x16)
 SSTMERGE_DEFINE_PROJECT_FLOAT32(project_float32_64x32, FloatTile64x32)
 SSTMERGE_DEFINE_PROJECT_FLOAT32(project_float32_64x64, FloatTile64x64)
 
-extern "C" __global__ void __launch_bounds__(256)
-    add_gram_partials(const float* partials, int count, int pitch, int first, double* covariance, int columns) {
-    sstmerge::device::add_partials(partials, count, pitch, first, covariance, columns);
-}
-
 #define SSTMERGE_PROJECT_TILES(entry, type)                                                      \
     entry(project_##type##_128x16) entry(project_##type##_128x32) entry(project_##type##_128x64) \
         entry(project_##type##_64x16) entry(project_##type##_64x32) entry(project_##type##_64x64)
 #define SSTMERGE_PROJECT_WIDE_TILES(entry, type)                                                 \
     entry(project_##type##_128x96) entry(project_##type##_128x128) entry(project_##type##_64x96) \
         entry(project_##type##_64x128)
-#define SSTMERGE_PROJECT_KERNELS(entry)                                                \
-    SSTMERGE_PROJECT_TILES(entry, bfloat16)                                            \
-    SSTMERGE_PROJECT_WIDE_TILES(entry, bfloat16)                                       \
-    SSTMERGE_PROJECT_TILES(entry, float16) SSTMERGE_PROJECT_WIDE_TILES(entry, float16) \
-        SSTMERGE_PROJECT_TILES(entry, float32) entry(add_gram_partials)
+#define SSTMERGE_PROJECT_KERNELS(entry)          \
+    SSTMERGE_PROJECT_TILES(entry, bfloat16)      \
+    SSTMERGE_PROJECT_WIDE_TILES(entry, bfloat16) \
+    SSTMERGE_PROJECT_TILES(entry, float16)       \
+    SSTMERGE_PROJECT_WIDE_TILES(entry, float16) SSTMERGE_PROJECT_TILES(entry, float32)

@@ -182,7 +182,7 @@ class _Run:
         """Add the rows and columns from `first` on of all partial sums to a covariance."""
         size = len(covariance)
         self._kernels.launch(
-            "project",
+            "project_partials",
             "add_gram_partials",
             (-(-size * size // SUM_ELEMENTS), 1, 1),
             SUM_THREADS,

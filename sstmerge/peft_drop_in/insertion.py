@@ -66,10 +66,9 @@ def new_config(request: Request, rank: int) -> LoraConfig:
             config: LoraConfig = replace(first, target_modules=targets, **{**changes, **more})
             if _targeted(request.tuner, config) == wanted:
                 return config
-    missing = sorted(wanted - _targeted(request.tuner, config))
     raise AdapterError(
-        f"No configuration describes the merged adapter: {missing or sorted(wanted)} are adapted by one adapter and are in "
-        f"modules_to_save={changes['modules_to_save']} of another. Merge adapters that agree on it."
+        f"No target_modules describe exactly the layers of the adapters {list(request.adapters)}: {sorted(wanted)}, beside "
+        f"modules_to_save={changes['modules_to_save']}. Merge adapters that agree on what is adapted and what is copied."
     )
 
 

@@ -25,7 +25,7 @@ _MISSING = "not installed"
 _SIZES = (1, 7, 32, 64)
 
 # Dtypes of the problems of an op that does not take float64.
-_ACTIVATION_DTYPES = {"sequence_scores": (torch.float32, torch.float16)}
+_ACTIVATION_DTYPES = dict.fromkeys(("project_accumulate", "sequence_scores"), (torch.float32, torch.float16))
 
 # A check passes up to this many rounding errors for each row of the largest problem.
 _ROUNDING_ERRORS = 10
@@ -97,6 +97,7 @@ def diagnose(seed: int = 0) -> Diagnosis:
         "dare": _check_dare,
         "magnitude_prune": _check_magnitude_prune,
         "ties": _check_ties,
+        "project_accumulate": _check_project_accumulate,
         "sequence_scores": _check_sequence_scores,
     }
     backends = ops.backends()
@@ -281,6 +282,24 @@ def _sparse_deviation(found: Sequence[Tensor], expected: Sequence[Tensor]) -> fl
         return math.inf
     pairs = zip(found, expected, strict=True)
     return _largest(*(float((a - b).abs().max() / b.abs().max().clamp_min(1e-30)) for a, b in pairs))
+
+
+def _check_project_accumulate(backend: BackendName, dtype: torch.dtype, seed: int) -> float:
+    """Return the largest relative deviation of projections and covariances, for few and for many columns."""
+    generator = torch.Generator().manual_seed(seed)
+    device = "cuda" if backend.startswith("cuda") else "cpu"
+    rows = torch.randn(200, 99, generator=generator).to(device, dtype)
+    weights = torch.rand(200, generator=generator).to(device)
+    deviations = []
+    for sizes in (_SIZES[:3], _SIZES):
+        bases = [torch.randn(99, size, generator=generator).to(device, dtype) for size in sizes]
+        found, exact = ([torch.zeros(n, n, dtype=torch.float64, device=device) for n in sizes] for _ in range(2))
+        projected = ops.project_accumulate(rows, bases, covariances=found, weights=weights, backend=backend)
+        exact_bases = [basis.double() for basis in bases]
+        expected = reference.project_accumulate(rows.double(), exact_bases, covariances=exact, weights=weights)
+        pairs = zip((*projected, *found), (*expected, *exact), strict=True)
+        deviations += [float((a - b).abs().max() / b.abs().max()) for a, b in pairs]
+    return _largest(*deviations)
 
 
 def _check_sequence_scores(backend: BackendName, dtype: torch.dtype, seed: int) -> float:

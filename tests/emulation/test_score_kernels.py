@@ -26,7 +26,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 FUSED = [(16, 64), (16, 128), (32, 64), (32, 128), (64, 64), (64, 128)]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("spans", SPANS)
 def test_spans(emulated, spans, dtype):
     assert_exact(score_case(SPANS[spans], dtype=dtype, columns=(4, 7)), "emulated")
@@ -229,7 +229,10 @@ def test_bugs_of_the_product_kernels_are_caught(is_caught, bug):
 
 
 EPILOGUE_BUGS = {
-    "missing barrier before the slices are added": ("= value;\n    __syncthreads();\n    if (slice", "= value;\n    if (slice"),
+    "missing barrier before the slices are added": (
+        "= value;\n    __syncthreads();\n    if (slice",
+        "= value;\n    if (slice",
+    ),
     "missing barrier after the slices are added": (
         "*total += sum;\n    }\n    __syncthreads();",
         "*total += sum;\n    }",

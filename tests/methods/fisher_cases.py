@@ -30,7 +30,7 @@ def adapters(
             path: LoraFactors(
                 A=torch.from_numpy(random.normal(size=(RANKS[name], d_in))),
                 B=torch.from_numpy(random.normal(size=(d_out, RANKS[name]))),
-                scaling=0.5,
+                scaling=1.5 if path.endswith("up") else 0.5,
             )
             for path, (d_out, d_in) in SHAPES.items()
             if (missing or {}).get(name) != path

@@ -20,7 +20,7 @@ from method_cases import (
 
 import sstmerge
 from sstmerge.adapters import CoreSpace
-from sstmerge.merging.methods import DeltaLayer, trimming
+from sstmerge.merging.methods import DeltaLayer, sparse, trimming
 
 WEIGHTS = [1.0, 0.5, 2.0]
 
@@ -58,6 +58,14 @@ def test_ties(trim_over, majority_sign, density):
     options = {"density": density, "trim_over": trim_over, "majority_sign": majority_sign, "scale": 0.7}
     result = merged(three_adapters(), "ties", WEIGHTS, options=options, rank=FULL_RANK)
     assert largest_difference(result, expected_ties(three_adapters(), **options)) < 1e-6
+
+
+@pytest.mark.parametrize("method", ["ties", "core_ties", "knots_ties"])
+def test_blocks_of_entries_do_not_matter(monkeypatch, method):
+    expected = merged(three_adapters(), method, WEIGHTS, rank=5)
+    for module in (sparse, trimming):
+        monkeypatch.setattr(module, "BLOCK", 37)
+    assert largest_difference(merged(three_adapters(), method, WEIGHTS, rank=5), expected) == 0
 
 
 def test_the_two_trims_of_ties_differ_where_layers_differ_in_size():

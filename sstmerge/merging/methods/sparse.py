@@ -7,7 +7,7 @@ cores the same steps cost next to nothing and the result keeps its low rank; it 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sstmerge import ops
 from sstmerge.merging.methods.registry import CoreBatch, DeltaLayer, Method, Option
-from sstmerge.merging.methods.trimming import Thresholds, TrimOver, cores_of, deltas_of, prepare_ties
+from sstmerge.merging.methods.trimming import BLOCK, Thresholds, TrimOver, cores_of, deltas_of, prepare_ties
 
 MajoritySign = Literal["total", "frequency"]
 
@@ -34,7 +34,8 @@ def magnitude_prune(layer: DeltaLayer, *, density: float) -> Tensor:
     Returns:
         Merged weight change, shape (d_out, d_in), float32.
     """
-    return _weighted_sum(ops.magnitude_prune(layer.deltas, density), layer.weights)
+    pruned = (ops.magnitude_prune([delta], density)[0] for delta in layer.deltas)
+    return _weighted_sum(pruned, layer.weights)
 
 
 def ties(
@@ -74,8 +75,11 @@ def dare(layer: DeltaLayer, *, density: float, seed: int) -> Tensor:
     Returns:
         Merged weight change, shape (d_out, d_in), float32.
     """
-    dropped = drop_at_random(layer.deltas[:, None], layer.adapters, [layer.name], density, seed)
-    return _weighted_sum(dropped, layer.weights)[0]
+    dropped = (
+        ops.dare([delta], density, seed, first_stream=_stream(adapter, layer.name))[0]
+        for delta, adapter in zip(layer.deltas, layer.adapters, strict=True)
+    )
+    return _weighted_sum(dropped, layer.weights)
 
 
 def dare_ties(
@@ -181,11 +185,15 @@ def merge_by_ties(
     Returns:
         Merged tensors, shape (L, …).
     """
-    if thresholds is not None:
-        kept = [v.abs().float() >= thresholds[name] for v, name in zip(values, adapters, strict=True)]
-        values = torch.stack([torch.where(k, v, 0.0) for k, v in zip(kept, values, strict=True)])
-        density = 1.0
-    return ops.ties(values, weights, density, majority_sign_method=majority_sign)
+    if thresholds is None:
+        return ops.ties(values, weights, density, majority_sign_method=majority_sign)
+    # Entry by entry from here on, so that blocks bound the memory.
+    smallest = torch.tensor([thresholds.get(name, 0.0) for name in adapters])[:, None]
+    merged = []
+    for block in values.flatten(1).split(BLOCK, dim=1):
+        kept = torch.where(block.abs().float() >= smallest, block, 0.0)
+        merged.append(ops.ties(kept[:, None], weights, 1.0, majority_sign_method=majority_sign)[0])
+    return torch.cat(merged).view(values.shape[1:])
 
 
 def basis_signs(basis: Tensor) -> Tensor:
@@ -229,8 +237,13 @@ def _stream(adapter: str, layer: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{adapter}\0{layer}".encode()).digest()[:8], "little") >> 1
 
 
-def _weighted_sum(values: Tensor, weights: Tensor) -> Tensor:
-    total: Tensor = torch.tensordot(weights.to(values.dtype), values, dims=1)
+def _weighted_sum(tensors: Iterable[Tensor], weights: Tensor) -> Tensor:
+    """Add tensors one at a time, so that a generator's need not exist together."""
+    pairs = zip(tensors, weights.tolist(), strict=True)
+    first, weight = next(pairs)
+    total: Tensor = weight * first
+    for tensor, weight in pairs:
+        total.add_(tensor, alpha=weight)
     return total
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
 import torch
@@ -11,6 +11,8 @@ from torch import Tensor
 from sstmerge.merging.methods.registry import CoreBatch, DeltaLayer, Layers
 
 TrimOver = Literal["model", "tensor"]
+# Entries that are looked at together; bounds the memory where a layer is dense.
+BLOCK = 1 << 22
 # Smallest magnitude that the trim keeps, by adapter.
 Thresholds = Mapping[str, float]
 
@@ -78,14 +80,13 @@ def prepare_ties(entries: Callable[[Any], Tensor]) -> Callable[..., Mapping[str,
     return prepare
 
 
-def _magnitude_bits(batch: Any, entries: Callable[[Any], Tensor]) -> list[tuple[str, Tensor]]:
-    """Return the bits of the magnitudes of every adapter in the layers that it changes, float32 without the sign bit."""
-    found = []
-    for name, tensor in zip(batch.adapters, entries(batch), strict=True):
-        changed = tensor[tensor.flatten(1).any(dim=1)]
-        if changed.numel():
-            found.append((name, changed.reshape(-1).float().view(torch.int32) & 0x7FFFFFFF))
-    return found
+def _magnitude_bits(batch: Any, entries: Callable[[Any], Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Yield the bits of the magnitudes of every adapter in the layers that it changes, float32 without the sign bit."""
+    for name, layers in zip(batch.adapters, entries(batch), strict=True):
+        for tensor in layers:
+            if bool(tensor.any()):
+                for block in tensor.reshape(-1).split(BLOCK):
+                    yield name, block.float().view(torch.int32) & 0x7FFFFFFF
 
 
 def _select(counts: Tensor, wanted: int) -> tuple[int, int]:
