@@ -137,7 +137,7 @@ __device__ __forceinline__ void finish(const Scalar* __restrict__ values, const 
 }  // namespace sstmerge::device
 
 #define SSTMERGE_EIGH_STAGES(Scalar, name)                                                                             \
-    extern "C" __global__ void __launch_bounds__(256) eigh_prepare_##name(                                             \
+    extern "C" __global__ void __launch_bounds__(256, 4) eigh_prepare_##name(                                          \
         const Scalar* a, long long a_batch_stride, long long a_row_stride, long long a_column_stride, const Scalar* b, \
         long long b_batch_stride, long long b_row_stride, long long b_column_stride, Scalar* reduced, Scalar* factor,  \
         Scalar** reduced_pointers, Scalar** factor_pointers, int* exponents, int* outcome, int n) {                    \

@@ -229,18 +229,15 @@ def _check_filter_cores(backend: BackendName, dtype: torch.dtype, seed: int) -> 
     """Return the largest relative deviation from the reference, and with weights of one from the cores themselves."""
     generator = torch.Generator().manual_seed(seed)
     rows, columns = _SIZES[-2:]
-    q, metric_out = _random_basis(3, rows, dtype, generator)
-    p, metric_in = _random_basis(3, columns, dtype, generator)
+    bases = [*_random_basis(3, rows, dtype, generator), *_random_basis(3, columns, dtype, generator)]
     cores, weights = torch.randn(2, 3, rows, columns, dtype=torch.float64, generator=generator).to(dtype)
-    found = ops.filter_cores(cores, q, metric_out, p, metric_in, weights, backend=backend).double()
-    exact = reference.filter_cores(
-        cores.double(), q.double(), metric_out.double(), p.double(), metric_in.double(), weights.double()
-    )
-    unfiltered = ops.filter_cores(cores, q, metric_out, p, metric_in, torch.ones_like(weights), backend=backend)
-    return _largest(
-        float((found - exact).abs().max() / exact.abs().max()),
-        float((unfiltered - cores).abs().max() / cores.abs().max()),
-    )
+    exact = reference.filter_cores(*(tensor.double() for tensor in (cores, *bases, weights)))
+    deviations = []
+    for factors, expected in ((weights, exact), (torch.ones_like(weights), cores)):
+        arguments = [_moved(tensor, backend) for tensor in (cores, *bases, factors)]
+        found = ops.filter_cores(*arguments, backend=backend).double().cpu()
+        deviations.append(float((found - expected).abs().max() / expected.abs().max()))
+    return _largest(*deviations)
 
 
 def _random_basis(batch: int, n: int, dtype: torch.dtype, generator: torch.Generator) -> tuple[Tensor, Tensor]:
