@@ -14,7 +14,7 @@ demo: $(VENV)/.demo  ## install, then merge and measure on a small chat model (a
 	$(BIN)/sstmerge demo --out demo-output --overwrite
 
 test: $(VENV)/.test lint  ## install, then lint, type-check and run the tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 lint: $(VENV)/.test  ## ruff, mypy and clang-format
 	$(BIN)/ruff check .

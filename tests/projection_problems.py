@@ -9,11 +9,12 @@ from sstmerge import ops
 
 def problem(rows, depth, sizes, dtype, *, device="cpu", stride=None):
     """Return x, whose rows are `stride` apart with NaN between them, and one basis per size."""
-    generator = torch.Generator().manual_seed(rows + 7 * depth)
-    wide = torch.full((rows, stride or depth), torch.nan)
-    wide[:, :depth] = torch.randn(rows, depth, generator=generator) * (1 + torch.arange(rows)[:, None] % 5)
-    bases = [torch.randn(depth, size, generator=generator) / depth**0.5 for size in sizes]
-    return wide.to(dtype).to(device)[:, :depth], [basis.to(dtype).to(device) for basis in bases]
+    generator = torch.Generator(device).manual_seed(rows + 7 * depth)
+    wide = torch.full((rows, stride or depth), torch.nan, dtype=dtype, device=device)
+    scale = 1 + torch.arange(rows, device=device)[:, None] % 5
+    wide[:, :depth] = torch.randn(rows, depth, generator=generator, device=device) * scale
+    bases = [torch.randn(depth, size, generator=generator, device=device) / depth**0.5 for size in sizes]
+    return wide[:, :depth], [basis.to(dtype) for basis in bases]
 
 
 def mask_and_weights(x):

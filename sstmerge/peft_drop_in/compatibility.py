@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from peft.tuners.lora import LoraModel
 from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import Tensor
 
@@ -40,25 +40,24 @@ def check_adapters(request: Request) -> None:
     """
     for name in request.adapters:
         _check_config(request, name)
-    _check_modules_to_save(request.tuner, request.adapters)
+    _check_modules_to_save(request)
     _check_trainable_tokens(request)
     for layer in request.layers:
         _check_layer(request, layer)
 
 
-def merged_copies(tuner: LoraModel, adapters: Sequence[str]) -> Iterator[tuple[ModulesToSaveWrapper, str]]:
+def merged_copies(request: Request) -> Iterator[tuple[ModulesToSaveWrapper, str]]:
     """Yield every `modules_to_save` wrapper that one of the adapters has a trained copy in, with that adapter.
 
     Args:
-        tuner: The model.
-        adapters: Names of the adapters.
+        request: The request.
 
     Yields:
         Wrapper and adapter.
     """
-    for module in tuner.modules():
+    for module in request.parts.auxiliary.values():
         if isinstance(module, ModulesToSaveWrapper):
-            for name in dict.fromkeys(adapters):
+            for name in dict.fromkeys(request.adapters):
                 if name in module.modules_to_save:
                     yield module, name
 
@@ -105,9 +104,9 @@ def _check_config(request: Request, name: str) -> None:
         )
 
 
-def _check_modules_to_save(tuner: LoraModel, adapters: Sequence[str]) -> None:
+def _check_modules_to_save(request: Request) -> None:
     owners: dict[int, set[str]] = {}
-    for wrapper, name in merged_copies(tuner, adapters):
+    for wrapper, name in merged_copies(request):
         owners.setdefault(id(wrapper), set()).add(name)
     shared = [names for names in owners.values() if len(names) > 1]
     if shared:
@@ -119,7 +118,7 @@ def _check_modules_to_save(tuner: LoraModel, adapters: Sequence[str]) -> None:
 
 def _check_trainable_tokens(request: Request) -> None:
     """Refuse trained token embeddings; rows that were never trained are lost without harm."""
-    for path, module in request.tuner.model.named_modules():
+    for path, module in request.parts.auxiliary.items():
         if not isinstance(module, TrainableTokensWrapper):
             continue
         tokens = module.token_adapter
@@ -159,7 +158,7 @@ def _check_tensor(tensor: Tensor, where: str) -> None:
         raise AdapterError(f"{where} is on the meta device and has no numbers yet; load the adapter's weights first.")
     if not tensor.is_floating_point():
         raise AdapterError(f"{where} must hold floating-point numbers, but has dtype {tensor.dtype}.")
-    if not bool(torch.isfinite(tensor).all()):
+    if not all(math.isfinite(float(extreme)) for extreme in torch.aminmax(tensor.detach())):
         raise AdapterError(f"{where} holds NaN or Inf; the training diverged or the file is damaged.")
 
 

@@ -9,14 +9,12 @@ from typing import Any
 
 import torch
 from peft import LoraConfig
-from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import check_target_module_exists
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from sstmerge.errors import AdapterError
 from sstmerge.peft_drop_in.compatibility import merged_copies
-from sstmerge.peft_drop_in.layers import Layer, lora_layers
+from sstmerge.peft_drop_in.layers import Layer, parts_of
 from sstmerge.peft_drop_in.merging import factor_dtype, merged_bias
 from sstmerge.peft_drop_in.request import Request
 
@@ -64,7 +62,7 @@ def new_config(request: Request, rank: int) -> LoraConfig:
     ):
         if targets is not None:
             config: LoraConfig = replace(first, target_modules=targets, **{**changes, **more})
-            if _targeted(request.tuner, config) == wanted:
+            if {path for path in request.parts.paths if check_target_module_exists(config, path)} == wanted:
                 return config
     raise AdapterError(
         f"No target_modules describe exactly the layers of the adapters {list(request.adapters)}: {sorted(wanted)}, beside "
@@ -81,15 +79,18 @@ def insert(request: Request, config: LoraConfig, merge: LayerMerge) -> None:
         merge: Makes the factors of a layer. Called after PEFT has drawn the initial weights, in PEFT's order of layers.
     """
     tuner, name = request.tuner, request.name
-    with _all_or_nothing(tuner, name):
+    with _all_or_nothing(request):
         tuner.peft_config[name] = config
         tuner.inject_adapter(tuner.model, name)
-        for layer in lora_layers(tuner):
-            if layer.has(name):
-                _fill(request, layer, merge(layer))
-        for wrapper, owner in merged_copies(tuner, request.adapters):
+        for layer in request.layers:
+            _fill(request, layer, merge(layer))
+        for wrapper, owner in merged_copies(request):
             weight = request.weights[request.adapters.index(owner)]
             _fill_copy(wrapper.modules_to_save[name], wrapper.modules_to_save[owner], wrapper.original_module, weight)
+        for wrapper in request.parts.auxiliary.values():
+            for parameter_name, parameter in wrapper.named_parameters():
+                if f".{name}." in f".{parameter_name}.":
+                    parameter.requires_grad_(False)
 
 
 def _fill(request: Request, layer: Layer, factors: tuple[Tensor, Tensor] | None) -> None:
@@ -101,6 +102,9 @@ def _fill(request: Request, layer: Layer, factors: tuple[Tensor, Tensor] | None)
     for part in (layer.module.lora_A, layer.module.lora_B, layer.module.lora_dropout):
         if request.name in part:
             part[request.name].train(layer.module.training)  # PEFT leaves new dropout layers in training mode
+    for parameter in (*layer.parameters(request.name), layer.bias(request.name)):
+        if parameter is not None:
+            parameter.requires_grad_(False)
 
 
 def _fill_copy(new: nn.Module, trained: nn.Module, original: nn.Module, weight: float) -> None:
@@ -131,40 +135,27 @@ def _escaped(path: str) -> str:
     return path.replace(".", r"\.")
 
 
-def _targeted(tuner: LoraModel, config: LoraConfig) -> set[str]:
-    """Return the modules that PEFT would put an adapter of this configuration on."""
-    inside = tuple(f"{layer.path}." for layer in lora_layers(tuner) if not layer.inside_another)
-    return {
-        path
-        for path, _ in tuner.model.named_modules()
-        if path and not path.startswith(inside) and check_target_module_exists(config, path)
-    }
-
-
 @contextmanager
-def _all_or_nothing(tuner: LoraModel, name: str) -> Iterator[None]:
+def _all_or_nothing(request: Request) -> Iterator[None]:
     """Keep trainability as it is in any case, and on failure take the new adapter out again."""
+    tuner, name = request.tuner, request.name
     trainable = [(parameter, parameter.requires_grad) for parameter in tuner.parameters()]
     active = list(tuner.active_adapters)
     targeted = {key: list(getattr(tuner, key, ())) for key in ("targeted_module_names", "targeted_parameter_names")}
     try:
         yield
     except BaseException:
-        for layer in lora_layers(tuner):
+        parts = parts_of(tuner)
+        for layer in parts.layers:
             layer.module.delete_adapter(name)
-        for module in tuner.modules():
-            if isinstance(module, AuxiliaryTrainingWrapper):
-                module.delete_adapter(name, active)
+        for wrapper in parts.auxiliary.values():
+            wrapper.delete_adapter(name, active)
         tuner.peft_config.pop(name, None)
         tuner.set_adapter(active)
         for key, value in targeted.items():
             if hasattr(tuner, key):
                 setattr(tuner, key, value)
         raise
-    else:
-        for parameter_name, parameter in tuner.named_parameters():
-            if f".{name}." in f"{parameter_name}.":
-                parameter.requires_grad_(False)
     finally:
         for parameter, requires_grad in trainable:
             parameter.requires_grad_(requires_grad)

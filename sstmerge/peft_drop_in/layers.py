@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from peft.tuners.lora import LoraLayer, LoraModel
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from sstmerge.adapters import LoraFactors
@@ -98,18 +99,49 @@ class Layer:
             own.data = (own.new_zeros(own.shape) if bias is None else bias).to(device=own.device, dtype=B.dtype)
 
 
-def lora_layers(model: LoraModel) -> list[Layer]:
-    """Return the LoRA layers of a model in the order in which PEFT visits them.
+@dataclass(frozen=True)
+class Parts:
+    """What matters of a model.
+
+    Attributes:
+        layers: Its LoRA layers in the order in which PEFT visits them.
+        auxiliary: Modules that hold more than LoRA factors for an adapter (full copies, token embeddings), by path.
+        paths: Paths of all modules that PEFT may put an adapter on.
+    """
+
+    layers: tuple[Layer, ...]
+    auxiliary: dict[str, AuxiliaryTrainingWrapper]
+    paths: tuple[str, ...]
+
+
+def parts_of(model: LoraModel) -> Parts:
+    """Walk a model once, without looking into the factors of its adapters.
 
     Args:
         model: The tuner.
 
     Returns:
-        The layers.
+        Its parts.
     """
     layers: list[Layer] = []
-    for path, module in model.model.named_modules():
-        if isinstance(module, LoraLayer) and "lora_" not in path:
-            inside = any(path.startswith(f"{layer.path}.") for layer in layers)
+    auxiliary: dict[str, AuxiliaryTrainingWrapper] = {}
+    paths: list[str] = []
+    seen: set[int] = set()
+    waiting: list[tuple[str, nn.Module, bool]] = [("", model.model, False)]
+    while waiting:
+        path, module, inside = waiting.pop()
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        if path and not inside:
+            paths.append(path)
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            auxiliary[path] = module
+        is_layer = isinstance(module, LoraLayer)
+        if is_layer:
             layers.append(Layer(path, module, inside))
-    return layers
+        # Depth first and in order; of a LoRA layer, only what it was put around.
+        children = [(name, child) for name, child in module.named_children() if not is_layer or name == "base_layer"]
+        for name, child in reversed(children):
+            waiting.append((f"{path}.{name}" if path else name, child, inside or is_layer))
+    return Parts(tuple(layers), auxiliary, tuple(paths))

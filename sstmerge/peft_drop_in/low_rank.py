@@ -30,29 +30,32 @@ def weighted_sum_svd(
     Returns:
         u (d_out, k) and singular values (k,), falling, and vᵀ (k, d_in), float64.
     """
-    exact = A[0].dtype == torch.float64
-    A_stack = torch.cat([factor.detach().double() for factor in A])
-    B_stack = torch.cat([weight * factor.detach().double() for factor, weight in zip(B, weights, strict=True)], dim=1)
-    # Unit rows: the conditioning then does not depend on how a rank-one term is split between its two factors.
+    A_stack = torch.cat([factor.detach() for factor in A]).double()
+    B_stack = torch.cat([factor.detach() for factor in B], dim=1).double()
+    scale = torch.cat([A_stack.new_full((factor.shape[0],), weight) for factor, weight in zip(A, weights, strict=True)])
+    # Unit rows of A: the conditioning then does not depend on how a rank-one term is split between its two factors.
     norms = A_stack.norm(dim=1)
     norms = torch.where(norms > 0, norms, 1.0)
-    A_stack /= norms[:, None]
-    B_stack *= norms
+    scale = scale * norms
     # A Cholesky factor needs independent rows.
-    if not exact and A_stack.shape[0] <= A_stack.shape[1]:
-        lower, failed = torch.linalg.cholesky_ex(A_stack @ A_stack.mT)
+    if A[0].dtype != torch.float64 and A_stack.shape[0] <= A_stack.shape[1]:
+        lower, failed = torch.linalg.cholesky_ex((A_stack @ A_stack.mT) / norms / norms[:, None])
         if int(failed) == 0 and float(lower.diagonal().min()) > _SMALLEST_PIVOT:
-            return _from_gram(A_stack, B_stack, lower, rank)
-    return _from_orthogonal(A_stack, B_stack, rank)
+            return _from_gram(A_stack, B_stack, norms, scale, lower, rank)
+    return _from_orthogonal(A_stack / norms[:, None], B_stack * scale, rank)
 
 
-def _from_gram(A: Tensor, B: Tensor, lower: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    squares, vectors = torch.linalg.eigh(lower.mT @ (B.mT @ B) @ lower)
+def _from_gram(
+    A: Tensor, B: Tensor, norms: Tensor, scale: Tensor, lower: Tensor, rank: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Decompose (B · scale)(A / norms) from the Cholesky factor of the Gram matrix of A / norms."""
+    inner = lower.mT @ ((B.mT @ B) * scale * scale[:, None]) @ lower
+    squares, vectors = torch.linalg.eigh(inner)
     squares, vectors = squares[-rank:].flip(0), vectors[:, -rank:].flip(1)
     values = squares.clamp_min(0).sqrt()
-    right = torch.linalg.solve_triangular(lower.mT, vectors, upper=True).mT @ A
-    left = (B @ (lower @ vectors)) / torch.where(values > 0, values, 1.0)
-    return left, values, right
+    right = (torch.linalg.solve_triangular(lower.mT, vectors, upper=True) / norms[:, None]).mT @ A
+    left = B @ (scale[:, None] * (lower @ vectors))
+    return left / torch.where(values > 0, values, 1.0), values, right
 
 
 def _from_orthogonal(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -16,7 +16,7 @@ from torch import nn
 
 from sstmerge.errors import AdapterError, InputError
 from sstmerge.peft_drop_in.entrywise import Kind, MajoritySign
-from sstmerge.peft_drop_in.layers import Layer, lora_layers
+from sstmerge.peft_drop_in.layers import Layer, Parts, parts_of
 
 # PEFT's types. The first kind merges lora_A and lora_B apart; the second acts on dense weight changes.
 FACTOR_TYPES: dict[str, Kind] = {kind: kind for kind in get_args(Kind)}
@@ -35,6 +35,7 @@ class Request:
 
     Attributes:
         tuner: The model's `LoraModel`.
+        parts: The tuner's parts.
         layers: Its LoRA layers that any of the adapters has, in PEFT's order.
         adapters: Names of the adapters.
         weights: One weight per adapter.
@@ -47,6 +48,7 @@ class Request:
     """
 
     tuner: LoraModel
+    parts: Parts
     layers: tuple[Layer, ...]
     adapters: tuple[str, ...]
     weights: tuple[float, ...]
@@ -114,11 +116,13 @@ def read_request(
             f"majority_sign_method must be one of {list(get_args(MajoritySign))}, but is {majority_sign_method!r}."
         )
     kind = _effective_type(combination_type, names, svd_rank, svd_clamp)
-    layers = tuple(layer for layer in lora_layers(tuner) if layer.members(names))
+    parts = parts_of(tuner)
+    layers = tuple(layer for layer in parts.layers if layer.members(names))
     if not layers:
         raise InputError(f"The adapters {list(names)} have no LoRA layer in this model; there is nothing to merge.")
     return Request(
         tuner=tuner,
+        parts=parts,
         layers=layers,
         adapters=names,
         weights=numbers,

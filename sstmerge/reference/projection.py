@@ -7,9 +7,13 @@ from typing import overload
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 # Rows whose outer products are summed at a time, which bounds the memory of their copies in float64.
 _ROWS = 16384
+
+# Columns of bfloat16 that products on a CPU (oneDNN's for AMX) read at a time.
+_COLUMNS = 32
 
 
 @overload
@@ -65,9 +69,14 @@ def _project(x: Tensor, basis: Tensor) -> Tensor:
         return x @ basis
     if x.is_cuda:
         return torch.mm(x, basis, out_dtype=torch.float32)
+    if x.dtype == torch.float16:
+        return x.float() @ basis.float()  # its range might not hold the result
     # On a CPU bfloat16 is multiplied as it is, which is an order of magnitude faster, and rounds the result to it. The
-    # range of float16 might not hold the result.
-    return (x @ basis).float() if x.dtype == torch.bfloat16 else x.float() @ basis.float()
+    # product reads blocks of columns, also beyond the last one, where NaN times zero would come from another row.
+    missing = -x.shape[1] % _COLUMNS
+    if missing:
+        x, basis = functional.pad(x, (0, missing)), functional.pad(basis, (0, 0, 0, missing))
+    return (x @ basis).float()
 
 
 def add_outer_products(covariance: Tensor, rows: Tensor, weights: Tensor | None) -> None:

@@ -71,7 +71,10 @@ BUGS = {
         "        out[element] = sum;\n    }",
     ),
     "missing barrier after the weights": ("+ element];\n    }\n    __syncthreads();", "+ element];\n    }"),
-    "last element left out": ("element < rows * columns; element", "element < rows * columns - 1; element"),
+    "last element left out": (
+        "element < rows * columns; element += blockDim.x",
+        "element < rows * columns - 1; element += blockDim.x",
+    ),
     "wrong transpose": ("multiply(second, Q, 1, rows,", "multiply(second, Q, rows, 1,"),
 }
 

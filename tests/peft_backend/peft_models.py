@@ -24,6 +24,7 @@ class Network(nn.Module):
         self.first = nn.Linear(20, 36)
         self.second = nn.Linear(36, 20)
         self.conv1 = nn.Conv1d(20, 12, 3)
+        self.conv3 = nn.Conv3d(3, 12, 2)
         self.conv2 = nn.Conv2d(3, 12, 3)
         self.pointwise = nn.Conv2d(3, 12, 1)
         self.head = nn.Linear(20, 5)

@@ -109,8 +109,11 @@ def test_rank_pattern_with_linear_can_be_saved_and_loaded(tmp_path):
     assert worst(deltas(model, "merged"), deltas(theirs, "merged")) < 1e-6
 
 
-def test_one_dimensional_convolutions_have_an_svd():
-    model = build({"target_modules": ["conv1"]}, {"target_modules": ["conv1"]})
+def test_convolutions_of_one_and_three_dimensions_have_an_svd():
+    change = {"target_modules": ["conv1", "conv3"]}
+    model = build(change, change)
+    with pytest.raises((RuntimeError, IndexError)):
+        pefts(model, BOTH, [0.5, 2.0], "merged", "svd")
     add_weighted_adapter(model, BOTH, [0.5, 2.0], "merged", "svd", svd_rank=8)
     assert worst(deltas(model, "merged"), weighted_sum(model, [0.5, 2.0])) < 1e-5
 
@@ -142,6 +145,8 @@ def test_a_trained_copy_of_a_module_is_taken_over_with_its_weight():
         with torch.no_grad():
             head.modules_to_save[f"a{owner}"].weight.normal_()
         trained, base = head.modules_to_save[f"a{owner}"].weight, head.original_module.weight
+        theirs = pefts(model, BOTH, [1.0, 1.0], "whole").base_model.model.head.modules_to_save
+        assert "whole" not in theirs or torch.equal(theirs["whole"].weight, base)
         add_weighted_adapter(model, BOTH, [1.0, 1.0], "whole", "svd")
         assert torch.equal(head.modules_to_save["whole"].weight, trained)
         add_weighted_adapter(model, BOTH, [0.25, 0.25], "part", "svd")
@@ -150,6 +155,7 @@ def test_a_trained_copy_of_a_module_is_taken_over_with_its_weight():
 
 def test_new_dropout_is_off_in_evaluation_mode():
     model = build({"lora_dropout": 0.5}, {"lora_dropout": 0.5}).eval()
+    assert any(module.training for module in pefts(model, BOTH, [1.0, 1.0], "merged").modules())
     add_weighted_adapter(model, BOTH, [1.0, 1.0], "merged", "svd")
     assert not any(module.training for module in model.modules())
 
