@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 
 import pytest
@@ -133,7 +134,8 @@ def test_adapters_and_a_role_are_missing(monkeypatch, tmp_path, capsys):
 
 
 def test_methods_lists_all_and_shows_one(monkeypatch, capsys):
-    monkeypatch.setenv("COLUMNS", "200")
+    console = importlib.import_module("sstmerge.cli.app").console
+    monkeypatch.setattr(console, "width", 200)  # COLUMNS is read when the console is made
     assert run(monkeypatch, "methods") == 0
     listed = capsys.readouterr().out
     assert all(name in listed for name in REGISTRY.methods)
