@@ -12,7 +12,7 @@ from sstmerge.adapters import Adapter, CoreSpace, save_adapter
 from sstmerge.errors import FisherError
 from sstmerge.fisher import collect_fisher, head, installed_taps
 from sstmerge.fisher.batch import Batch
-from sstmerge.fisher.collect import model_fingerprint
+from sstmerge.fisher.fingerprints import model_fingerprint
 from sstmerge.gevp import solve
 from sstmerge.prompts import Example, encode, make_batches
 
