@@ -13,10 +13,11 @@ PACKAGE = Path(sstmerge.__file__).parent
 ROOT = PACKAGE.parent
 LONGEST_FILE = 450  # lines
 # What each part may import of sstmerge; "sstmerge" is the version number in __init__, "*" all but a few.
-BOTTOM = {"errors", "atomic", "sstmerge"}
+BOTTOM = {"errors", "atomic", "untrusted", "sstmerge"}
 ALLOWED = {
     "errors": set(),
     "atomic": {"errors"},
+    "untrusted": {"errors"},
     "reference": {"errors", "reference"},
     "ops": {"errors", "reference", "ops", "_C", "sstmerge"},
     "prompts": BOTTOM | {"fisher", "prompt_files"},
@@ -26,6 +27,7 @@ ALLOWED = {
     "gevp": BOTTOM | {"ops", "adapters", "fisher", "gevp"},
     "merging": BOTTOM | {"ops", "adapters", "fisher", "gevp", "merging"},
     "alignguard": BOTTOM | {"adapters"},
+    "evaluation": BOTTOM | {"fisher", "prompts", "prompt_files", "evaluation"},
     "pipeline": {"*"},
     "peft_drop_in": {"*", "peft_drop_in"},
     "demo": {"*", "demo"},
@@ -38,7 +40,8 @@ NOT_FOR_EVERYONE = {"cli", "demo", "peft_drop_in", "_C", "reference"}  # what "*
 EXCEPTIONS = {"pipeline/doctor.py": {"reference"}}  # it checks every op against its reference
 THIRD_PARTY = {  # package: the parts that may import it
     "peft": {"adapters", "demo", "peft_drop_in"},
-    "transformers": {"pipeline", "demo", "cli"},
+    "transformers": {"evaluation", "pipeline", "demo", "cli"},
+    "lm_eval": {"evaluation"},
     "cupy": {"ops"},
     "typer": {"cli"},
     "mergekit": {"mergekit_plugin"},

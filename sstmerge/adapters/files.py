@@ -7,11 +7,10 @@ Format: `adapter_config.json` beside `adapter_model.safetensors` with keys
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,18 +18,18 @@ from safetensors.torch import save_file
 from torch import nn
 
 from sstmerge.adapters.adapter import Adapter, LoraFactors, natural_order
+from sstmerge.adapters.configuration import CONFIG_FILE, rank_and_scaling, read_config, refuse_unsupported
 from sstmerge.atomic import atomic_directory
 from sstmerge.errors import AdapterError
+from sstmerge.untrusted import FLOATING_POINT, read_tensor_headers
 
-CONFIG_FILE = "adapter_config.json"
+T = TypeVar("T")
 WEIGHTS_FILE = "adapter_model.safetensors"
-_KEY = re.compile(r"^base_model\.model\.(?P<path>.+)\.lora_(?P<factor>[AB])\.weight$")
+_KEY = re.compile(r"base_model\.model\.(?P<path>.+)\.lora_(?P<factor>[AB])\.weight")
 _PASSED_ON = ("task_type", "target_modules", "fan_in_fan_out")
 # With one of these, target_modules alone would name more layers than were adapted.
 _NARROWING = ("layers_to_transform", "exclude_modules")
 _BASE_COPY = ".base_layer.weight"
-# PEFT re-derives the base weights when it loads these, so that B A alone is not the weight change.
-_BASE_CHANGING_INITS = ("pissa", "olora", "corda", "lora_ga")
 
 
 def load_adapter(source: str | Path, *, name: str | None = None, revision: str | None = None) -> Adapter:
@@ -49,9 +48,9 @@ def load_adapter(source: str | Path, *, name: str | None = None, revision: str |
     """
     directory = _locate(source, revision)
     name = name or directory.name
-    config = _read_config(directory, name)
+    config = read_config(directory / CONFIG_FILE, name)
     tensors = _read_tensors(directory / WEIGHTS_FILE, name)
-    _refuse_unsupported(config, tensors, name)
+    refuse_unsupported(config, tensors, name)
     layers = {path: _factors(path, pair, config, name) for path, pair in _pair_factors(tensors, name).items()}
     adapter = Adapter(
         name=name,
@@ -99,7 +98,7 @@ def adapter_from_model(model: nn.Module, adapter_name: str = "default") -> Adapt
                 B=module.lora_B[adapter_name].weight.detach().cpu().clone(),
                 scaling=float(module.scaling[adapter_name]),
             )
-    _refuse_unsupported(config, {}, adapter_name)
+    refuse_unsupported(config, {}, adapter_name)
     adapter = Adapter(
         name=adapter_name,
         layers=layers,
@@ -188,8 +187,12 @@ def _target_modules(adapter: Adapter) -> list[str]:
 
 
 def _locate(source: str | Path, revision: str | None) -> Path:
-    directory = Path(source).expanduser()
-    if directory.is_dir():
+    try:
+        directory = Path(source).expanduser()
+        is_directory, exists = directory.is_dir(), directory.exists()
+    except (OSError, RuntimeError, ValueError) as error:  # too long, a null byte, the home of nobody
+        raise AdapterError(f"'{source}' is neither a directory nor a hub id: {error}.") from error
+    if is_directory:
         for required in (CONFIG_FILE, WEIGHTS_FILE):
             if not (directory / required).is_file():
                 pickled = required == WEIGHTS_FILE and (directory / "adapter_model.bin").is_file()
@@ -204,77 +207,39 @@ def _locate(source: str | Path, revision: str | None) -> Path:
                     )
                 )
         return directory
-    if directory.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
+    if exists or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
         raise AdapterError(f"'{source}' is neither a directory nor a hub id of the form owner/name.")
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
         files = [hf_hub_download(str(source), filename, revision=revision) for filename in (CONFIG_FILE, WEIGHTS_FILE)]
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         raise AdapterError(
             f"'{source}' is not a local directory, and could not be fetched from the hub: {error}"
         ) from error
     return Path(files[0]).parent
 
 
-def _read_config(directory: Path, name: str) -> dict[str, Any]:
-    try:
-        config = json.loads((directory / CONFIG_FILE).read_text())
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise AdapterError(f"The {CONFIG_FILE} of adapter '{name}' cannot be read as JSON: {error}.") from error
-    if not isinstance(config, dict):
-        raise AdapterError(f"The {CONFIG_FILE} of adapter '{name}' must hold a JSON object.")
-    return config
-
-
 def _read_tensors(path: Path, name: str) -> dict[str, torch.Tensor]:
+    what = f"{path} of adapter '{name}'"
+    headers, _ = read_tensor_headers(path, what, AdapterError, dtypes=FLOATING_POINT)
+    _pair_factors(headers, name)  # names are refused before any tensor is read
     try:
         with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
+            return {key: file.get_tensor(key) for key in headers}
     except (SafetensorError, OSError) as error:
-        raise AdapterError(f"{path} of adapter '{name}' is not a readable safetensors file: {error}.") from error
+        raise AdapterError(f"{what} is not a readable safetensors file: {error}.") from error
 
 
-def _refuse_unsupported(config: Mapping[str, Any], tensors: Mapping[str, Any], name: str) -> None:
-    kind = config.get("peft_type", "LORA")
-    if str(kind).upper() != "LORA":
-        raise AdapterError(f"Adapter '{name}' is of PEFT type {kind}; sstmerge merges LORA adapters only.")
-    if config.get("use_dora") or any("lora_magnitude_vector" in key for key in tensors):
-        raise AdapterError(
-            f"Adapter '{name}' is a DoRA adapter (use_dora): its weight change is not B A, since it rescales the base "
-            "weights. Retrain with use_dora=False, or merge it into the base model first."
-        )
-    saved = config.get("modules_to_save")
-    if saved or config.get("trainable_token_indices"):
-        raise AdapterError(
-            f"Adapter '{name}' carries full copies of trained modules (modules_to_save={saved}, trainable_token_indices="
-            f"{config.get('trainable_token_indices')}). They are no LoRA factors, so sstmerge does not merge them: "
-            "retrain with LoRA on these modules, or fold them into the base model first."
-        )
-    if config.get("bias", "none") != "none" or config.get("lora_bias"):
-        raise AdapterError(
-            f"Adapter '{name}' trains biases (bias={config.get('bias')!r}, lora_bias={config.get('lora_bias')!r}), "
-            "which sstmerge does not merge; retrain with bias='none' and lora_bias=False."
-        )
-    init = str(config.get("init_lora_weights", "")).lower()
-    if init.startswith(_BASE_CHANGING_INITS):
-        raise AdapterError(
-            f"Adapter '{name}' was initialised with '{init}', which changes the base weights too, so B A is not the "
-            "whole change. Save it with PEFT's path_initial_model_for_weight_conversion to make it a plain LoRA."
-        )
-    for option in ("layer_replication", "target_parameters", "megatron_config", "alora_invocation_tokens"):
-        if config.get(option):
-            raise AdapterError(f"Adapter '{name}' uses {option}, which sstmerge does not support; retrain without it.")
-
-
-def _pair_factors(tensors: Mapping[str, torch.Tensor], name: str) -> dict[str, dict[str, torch.Tensor]]:
-    pairs: dict[str, dict[str, torch.Tensor]] = {}
+def _pair_factors(tensors: Mapping[str, T], name: str) -> dict[str, dict[str, T]]:
+    """Return the entries of A and B by layer; the values may be tensors or only their headers."""
+    pairs: dict[str, dict[str, T]] = {}
     for key, tensor in tensors.items():
         # PEFT writes the frozen base weights of an adapted output head beside its factors.
         if key.endswith(_BASE_COPY) and f"{key.removesuffix(_BASE_COPY)}.lora_A.weight" in tensors:
             continue
-        match = _KEY.match(key)
+        match = _KEY.fullmatch(key)
         if match is None:
             raise AdapterError(
                 f"Adapter '{name}' holds the tensor '{key}', which is no LoRA factor of a linear layer; expected only "
@@ -291,25 +256,10 @@ def _pair_factors(tensors: Mapping[str, torch.Tensor], name: str) -> dict[str, d
 
 
 def _factors(path: str, pair: Mapping[str, torch.Tensor], config: Mapping[str, Any], name: str) -> LoraFactors:
-    rank = _pattern_value(config.get("rank_pattern"), path, config.get("r"))
-    alpha = _pattern_value(config.get("alpha_pattern"), path, config.get("lora_alpha"))
-    if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float) or not math.isfinite(alpha):
-        raise AdapterError(
-            f"The {CONFIG_FILE} of adapter '{name}' must give r >= 1 and a numeric lora_alpha; for layer '{path}' it "
-            f"gives r={rank!r}, lora_alpha={alpha!r}."
-        )
+    rank, scaling = rank_and_scaling(path, config, name)
     if pair["A"].dim() == 2 and pair["A"].shape[0] != rank:
         raise AdapterError(
             f"'{path}.lora_A.weight' of adapter '{name}' has shape {tuple(pair['A'].shape)}, but {CONFIG_FILE} says "
             f"rank {rank} for this layer (r, rank_pattern); weights and configuration belong to different adapters."
         )
-    scaling = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
-    return LoraFactors(A=pair["A"], B=pair["B"], scaling=float(scaling))
-
-
-def _pattern_value(pattern: Mapping[str, Any] | None, path: str, default: Any) -> Any:
-    """Return the first entry whose key matches the end of the path, as PEFT does."""
-    for key, value in (pattern or {}).items():
-        if re.match(rf"(.*\.)?({key})$", path):
-            return value
-    return default
+    return LoraFactors(A=pair["A"], B=pair["B"], scaling=scaling)
