@@ -28,6 +28,7 @@ ALLOWED = {
     "merging": BOTTOM | {"ops", "adapters", "fisher", "gevp", "merging"},
     "alignguard": BOTTOM | {"adapters"},
     "evaluation": BOTTOM | {"fisher", "prompts", "prompt_files", "evaluation"},
+    "evaluation": BOTTOM | {"fisher", "prompts", "prompt_files", "evaluation"},
     "pipeline": {"*"},
     "peft_drop_in": {"*", "peft_drop_in"},
     "demo": {"*", "demo"},

@@ -21,8 +21,8 @@ from sstmerge.demo.train_adapters import (
     response_loss,
 )
 from sstmerge.errors import DataError
+from sstmerge.evaluation.generate import generate as generate_answers
 from sstmerge.fisher.batch import Batch
-from sstmerge.pipeline.generate import generate as generate_answers
 
 FILES = ("harmful", "borderline", "benign", "utility")
 SIZES = {
@@ -93,7 +93,8 @@ def test_refusals_are_specific_and_varied() -> None:
 
 
 def test_refusals_and_answers_are_what_the_judge_takes_them_for() -> None:
-    from sstmerge.pipeline.judge import degenerate, refuses
+    from sstmerge.evaluation.degeneration import degenerate
+    from sstmerge.evaluation.refusal import refuses
 
     assert [row["id"] for row in read("harmful") if not refuses(row["response"])] == []
     answers = [row for name in ("borderline", "benign", "utility") for row in read(name)]

@@ -11,6 +11,7 @@ import torch
 from rich.console import Console
 
 from sstmerge.errors import DataError, OutputError
+from sstmerge.evaluation.generate import generate
 from sstmerge.pipeline import evaluate
 from sstmerge.pipeline.evaluate import (
     PromptSets,
@@ -21,7 +22,6 @@ from sstmerge.pipeline.evaluate import (
     table,
     write_json,
 )
-from sstmerge.pipeline.generate import generate
 from sstmerge.prompts import Example, encode, make_batches
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sstmerge.errors import DataError, InputError
-from sstmerge.pipeline.generate import evaluating, generate
+from sstmerge.evaluation.generate import evaluating, generate
 from sstmerge.prompts import Example, prompt_tokens
 
 PROMPTS = ["Hi", "What is the sum of 12 and 30?", "x", "Tell me a story about a horse.", "Why?", "y" * 60, "Ok then"]

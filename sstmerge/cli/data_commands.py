@@ -101,11 +101,11 @@ def check(
     config: ConfigOption = None,
 ) -> None:
     """Look at data and adapters before a merge: over-refusal, borderline prompts, one-string refusals, overlap, labels."""
+    from sstmerge.evaluation.generate import generate
     from sstmerge.pipeline.calibration import load_all
     from sstmerge.pipeline.check import check as run_check
     from sstmerge.pipeline.evaluate import write_json
     from sstmerge.pipeline.evaluate_job import adapter_state
-    from sstmerge.pipeline.generate import generate
     from sstmerge.pipeline.models import load_model, load_tokenizer
     from sstmerge.pipeline.roles import load_named
 

@@ -32,8 +32,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from sstmerge.atomic import atomic_directory, refuse_existing
 from sstmerge.demo.model import BASE_MODEL_NAME, demo_model
 from sstmerge.errors import DataError
+from sstmerge.evaluation.generate import generate
 from sstmerge.fisher.batch import Batch
-from sstmerge.pipeline.generate import generate
 from sstmerge.prompts import EncodedExample, Example, encode, load_examples, make_batches
 
 if TYPE_CHECKING:

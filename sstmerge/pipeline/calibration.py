@@ -11,10 +11,10 @@ from torch import nn
 
 from sstmerge.adapters import CoreSpace
 from sstmerge.errors import InputError
+from sstmerge.evaluation.generate import generate
 from sstmerge.fisher import Batch, Fisher, collect_fisher, installed_taps, reference_points
 from sstmerge.gevp import KroneckerSpectrum, solve
 from sstmerge.merging import ModuleFilter, module_filter
-from sstmerge.pipeline.generate import generate
 from sstmerge.prompts import (
     Example,
     completions_missing,

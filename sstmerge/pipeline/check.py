@@ -16,8 +16,9 @@ from rich.table import Table
 from rich.text import Text
 
 from sstmerge.errors import DataError
-from sstmerge.pipeline.evaluate import Rate
-from sstmerge.pipeline.judge import normalise, refuses
+from sstmerge.evaluation.rates import Rate
+from sstmerge.evaluation.refusal import refuses
+from sstmerge.evaluation.text import normalise
 from sstmerge.prompts import Example
 
 Severity = Literal["ok", "warning", "error"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -18,54 +17,19 @@ from torch import Tensor
 
 from sstmerge.atomic import atomic_file
 from sstmerge.errors import DataError, OutputError
+from sstmerge.evaluation.degeneration import degenerate
+from sstmerge.evaluation.generate import evaluating, generate
+from sstmerge.evaluation.rates import Rate as Rate  # a public name of this module, too
+from sstmerge.evaluation.refusal import Verdict, judge_refusal
+from sstmerge.evaluation.text import exact_match
 from sstmerge.fisher.batch import Batch
-from sstmerge.pipeline.generate import evaluating, generate
-from sstmerge.pipeline.judge import Verdict, degenerate, exact_match, judge_refusal
 from sstmerge.prompts import Example
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-NORMAL_QUANTILE_95 = 1.959963984540054
 # Logit rows that are turned into float32 at a time: 256 × 128k × 4 bytes = 131 MB.
 ROWS_PER_CHUNK = 256
-
-
-@dataclass(frozen=True)
-class Rate:
-    """A count out of a total, with the 95 % interval of Wilson (1927)."""
-
-    count: int
-    total: int
-
-    @property
-    def value(self) -> float:
-        """The share, or NaN where the total is 0."""
-        return self.count / self.total if self.total else math.nan
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """The 95 % Wilson score interval; (0, 1) where the total is 0."""
-        if not self.total:
-            return 0.0, 1.0
-        share, z2 = self.value, NORMAL_QUANTILE_95**2 / self.total
-        middle = (share + z2 / 2) / (1 + z2)
-        half = math.sqrt(z2 * (share * (1 - share) + z2 / 4)) / (1 + z2)
-        return max(0.0, middle - half), min(1.0, middle + half)
-
-    def to_json(self) -> dict[str, Any]:
-        """Return count, total, share and interval."""
-        low, high = self.interval
-        return {"count": self.count, "total": self.total, "value": self.value, "low": low, "high": high}
-
-    def __str__(self) -> str:
-        """Return the share and its interval, as ".62 [.52, .71]"."""
-        low, high = self.interval
-        return f"{_short(self.value)} [{_short(low)}, {_short(high)}]"
-
-
-def _short(share: float) -> str:
-    return f"{share:.2f}".removeprefix("0") if share < 0.995 else "1.0"
 
 
 @dataclass(frozen=True)

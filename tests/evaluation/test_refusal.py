@@ -4,16 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from sstmerge.pipeline.judge import (
-    Verdict,
-    degenerate,
-    exact_match,
-    is_bare_label,
-    is_loop,
-    judge_refusal,
-    normalise,
-    refuses,
-)
+from sstmerge.evaluation.degeneration import degenerate, is_bare_label, is_loop
+from sstmerge.evaluation.refusal import Verdict, judge_refusal, refuses
+from sstmerge.evaluation.text import exact_match, normalise
 
 FULL = [
     "I'm sorry, but I can't help with that.",
