@@ -29,7 +29,7 @@ error_console = Console(stderr=True)
 def main() -> None:
     """Run the command line; errors that sstmerge raises on purpose end it with exit code 2."""
     # Commands register themselves on import.
-    from sstmerge.cli import data_commands, demo_command, merge_commands, method_commands  # noqa: F401
+    from sstmerge.cli import data_commands, demo_command, fisher_command, merge_commands, method_commands  # noqa: F401
 
     try:
         app()

@@ -1,4 +1,4 @@
-"""`merge` by SST, `fisher` and `curve`; `merge` by other methods is in `method_commands`."""
+"""`merge` by SST and `curve`; `merge` by other methods is in `method_commands`, `fisher` in `fisher_command`."""
 
 from __future__ import annotations
 
@@ -199,78 +199,6 @@ def merge(
     for sentence in result.merge.report.warnings:
         error_console.print(f"Warning: {sentence}", soft_wrap=True)
     console.print(f"Wrote {out}")
-
-
-@app.command()
-def fisher(
-    base: Annotated[str, typer.Option("--base", help="Base model: directory or hub id.")],
-    adapter: Annotated[list[str], typer.Option("--adapter", help="NAME=DIR of every adapter of the later merge.")],
-    data: Annotated[list[Path], typer.Option("--data", help="Prompt file (JSONL); repeatable.")],
-    out: Annotated[Path, typer.Option("--out", help="Fisher file to write (.safetensors).")],
-    labels: Annotated[str, typer.Option("--labels", help="data (gain) or sampled (cost).")],
-    reference: Annotated[str, typer.Option("--reference", help="NAME, base, A+0.5*B or path:A:B:n.")] = "base",
-    structure: Structure = "global",
-    basis: Annotated[
-        list[Path] | None,
-        typer.Option("--basis", help="Two kfac Fishers (gain, cost) whose eigenbasis ekfac refits in."),
-    ] = None,
-    like: Annotated[Path | None, typer.Option("--like", help="Collect in the very space of this Fisher file.")] = None,
-    response_tokens: ResponseTokens = None,
-    max_length: MaxLength = None,
-    tokens_per_batch: TokensPerBatch = 1024,
-    draws: Draws = 1,
-    weight_sharing: WeightSharing = "expand",
-    completion_tokens: Annotated[
-        int, typer.Option("--completion-tokens", help="Longest generated response of a prompt without one.")
-    ] = 32,
-    split: Split = None,
-    limit: Limit = None,
-    dtype: Dtype = "auto",
-    device: Device = None,
-    quantization: Quantization = None,
-    seed: Seed = 0,
-    ignore_base_name: IgnoreBaseName = False,
-    overwrite: Overwrite = False,
-    config: ConfigOption = None,
-) -> None:
-    """Collect one Fisher and save it, to be used by any number of merges."""
-    from sstmerge.pipeline.calibration import CollectionOptions
-    from sstmerge.pipeline.fisher_job import collect_file
-    from sstmerge.pipeline.models import load_model, load_tokenizer
-
-    fail_on(out.exists() and not overwrite, f"'{out}' exists already; choose another name or pass --overwrite.")
-    options = CollectionOptions(
-        structure=structure,
-        reference=reference,
-        response_tokens=response_tokens,
-        max_length=max_length,
-        tokens_per_batch=tokens_per_batch,
-        draws=draws,
-        weight_sharing=weight_sharing,
-        completion_tokens=completion_tokens,
-        seed=seed,
-    )
-    adapters = parse_named(adapter, "--adapter")
-    with progress_bars() as progress:
-        collected = collect_file(
-            lambda: (load_model(base, dtype=dtype, device=device, quantization=quantization), load_tokenizer(base)),
-            adapters,
-            data,
-            out,
-            labels=labels,
-            options=options,
-            basis=basis,
-            like=like,
-            split=split,
-            limit=limit,
-            ignore_base_name=ignore_base_name,
-            progress=progress,
-        )
-    counts = collected.counts
-    console.print(
-        f"Wrote {out}: {collected.structure} Fisher of {float(counts.sequences.sum()):g} sequences, "
-        f"{collected.tokens:g} response tokens, {len(collected.space.layer_names)} layers."
-    )
 
 
 @app.command()
