@@ -28,7 +28,6 @@ ALLOWED = {
     "merging": BOTTOM | {"ops", "adapters", "fisher", "gevp", "merging"},
     "alignguard": BOTTOM | {"adapters"},
     "evaluation": BOTTOM | {"fisher", "prompts", "prompt_files", "evaluation"},
-    "evaluation": BOTTOM | {"fisher", "prompts", "prompt_files", "evaluation"},
     "pipeline": {"*"},
     "peft_drop_in": {"*", "peft_drop_in"},
     "demo": {"*", "demo"},
