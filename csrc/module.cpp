@@ -16,11 +16,17 @@
 #include "generalized_eigh.h"
 #include "lapack.h"
 #include "sparsify.h"
+#include "torch_dare.h"
 
 namespace py = pybind11;
 using namespace py::literals;
 
 namespace {
+
+// Numbers that would make native code read or write where it must not are refused here, whoever calls.
+void require(bool holds, const char* words) {
+    if (!holds) throw std::invalid_argument(words);
+}
 
 // scipy publishes a LAPACK routine as a capsule that holds the pointer and is named by the C signature.
 void bind_lapack(const py::capsule& ssygvd, const py::capsule& dsygvd) {
@@ -32,6 +38,10 @@ template <typename Scalar>
 void generalized_eigh(std::uintptr_t a, std::int64_t a_batch_stride, std::int64_t a_row_stride, std::uintptr_t b,
                       std::int64_t b_batch_stride, std::int64_t b_row_stride, std::uintptr_t eigenvalues,
                       std::uintptr_t eigenvectors, std::uintptr_t status, std::int64_t batch, int n, int num_threads) {
+    require(n >= 1 && batch >= 0 && num_threads >= 1, "n and num_threads must be at least 1, and batch at least 0");
+    require(a_batch_stride >= 0 && b_batch_stride >= 0, "the stride between matrices must not be negative");
+    require(n == 1 || (a_row_stride >= n && b_row_stride >= n), "the stride between rows must be at least n");
+    require(batch == 0 || (a && b && eigenvalues && eigenvectors && status), "an address is null");
     sstmerge::generalized_eigh<Scalar>({reinterpret_cast<const Scalar*>(a), a_batch_stride, a_row_stride},
                                        {reinterpret_cast<const Scalar*>(b), b_batch_stride, b_row_stride},
                                        reinterpret_cast<Scalar*>(eigenvalues),
@@ -70,11 +80,15 @@ sstmerge::Dtype dtype_named(const std::string& name) {
     throw std::invalid_argument("there is no code for tensors of dtype " + name);
 }
 
-// Lists whose lengths do not fit together would be read beyond their ends.
 sstmerge::TensorList tensor_list(const Addresses& values, const Addresses& outputs, const Sizes& sizes,
-                                 std::size_t tasks, std::size_t counts) {
-    if (outputs.size() != sizes.size() || values.size() != tasks * sizes.size() || counts != sizes.size()) {
-        throw std::invalid_argument("the lists of addresses, sizes and counts differ in length");
+                                 std::size_t tasks, int num_threads) {
+    require(outputs.size() == sizes.size() && values.size() == tasks * sizes.size(),
+            "the lists of addresses and sizes differ in length");
+    require(num_threads >= 1, "num_threads must be at least 1");
+    for (std::size_t i = 0; i < values.size(); ++i) {
+        const std::int64_t size = sizes[i % sizes.size()];
+        require(size >= 0, "the size of a tensor must not be negative");
+        require(size == 0 || (values[i] && outputs[i % sizes.size()]), "an address is null");
     }
     sstmerge::TensorList tensors;
     for (std::uintptr_t address : values) tensors.values.push_back(reinterpret_cast<const void*>(address));
@@ -83,36 +97,61 @@ sstmerge::TensorList tensor_list(const Addresses& values, const Addresses& outpu
     return tensors;
 }
 
+void require_counts(const Sizes& kept, const Sizes& sizes) {
+    require(kept.size() == sizes.size(), "the lists of sizes and counts differ in length");
+    for (std::size_t i = 0; i < sizes.size(); ++i) {
+        require(kept[i] >= 0 && kept[i] <= sizes[i], "a count must be between 0 and the size of its tensor");
+    }
+}
+
 void magnitude_prune(const std::string& dtype, const Addresses& values, const Addresses& outputs, const Sizes& sizes,
                      const Sizes& kept, int num_threads) {
     const py::gil_scoped_release without_lock;
-    sstmerge::magnitude_prune(dtype_named(dtype), tensor_list(values, outputs, sizes, 1, kept.size()), kept,
-                              num_threads);
+    const sstmerge::TensorList tensors = tensor_list(values, outputs, sizes, 1, num_threads);
+    require_counts(kept, sizes);
+    sstmerge::magnitude_prune(dtype_named(dtype), tensors, kept, num_threads);
 }
 
 void dare(const std::string& dtype, const Addresses& values, const Addresses& outputs, const Sizes& sizes,
           std::uint64_t seed, std::uint64_t first_stream, std::uint64_t keep_below, double scale, int num_threads) {
     const py::gil_scoped_release without_lock;
-    sstmerge::dare(dtype_named(dtype), tensor_list(values, outputs, sizes, 1, sizes.size()), seed, first_stream,
+    require(keep_below >= 1 && keep_below <= std::uint64_t{1} << 32, "keep_below must be between 1 and 2^32");
+    sstmerge::dare(dtype_named(dtype), tensor_list(values, outputs, sizes, 1, num_threads), seed, first_stream,
                    keep_below, scale, num_threads);
 }
 
 void ties(const std::string& dtype, const Addresses& values, const Addresses& outputs, const Sizes& sizes,
           const Sizes& kept, const std::vector<double>& weights, bool by_frequency, int num_threads) {
     const py::gil_scoped_release without_lock;
-    sstmerge::ties(dtype_named(dtype), tensor_list(values, outputs, sizes, weights.size(), kept.size()), kept, weights,
+    require(!weights.empty(), "there are no weights");
+    const sstmerge::TensorList tensors = tensor_list(values, outputs, sizes, weights.size(), num_threads);
+    require_counts(kept, sizes);
+    sstmerge::ties(dtype_named(dtype), tensors, kept, weights,
                    by_frequency ? sstmerge::MajoritySign::kFrequency : sstmerge::MajoritySign::kTotal, num_threads);
+}
+
+template <typename Value>
+Value* pointer(std::uintptr_t address) {
+    return reinterpret_cast<Value*>(address);
+}
+
+void torch_dare(const std::string& dtype, std::uintptr_t values, std::uintptr_t output, std::int64_t size,
+                double probability, double density, std::uintptr_t generator_state) {
+    const py::gil_scoped_release without_lock;
+    require(size >= 0, "the size of a tensor must not be negative");
+    require(generator_state != 0 && (size == 0 || (values && output)), "an address is null");
+    require(probability >= 0 && probability <= 1, "the probability must be between 0 and 1");
+    require(sstmerge::is_valid(*pointer<sstmerge::TorchGeneratorState>(generator_state)),
+            "these bytes are not the state of torch's CPU generator");
+    sstmerge::torch_dare(dtype_named(dtype), reinterpret_cast<const void*>(values), reinterpret_cast<void*>(output),
+                         size, probability, density,
+                         pointer<sstmerge::TorchGeneratorState>(generator_state));
 }
 
 // The calls of cuSOLVER and cuBLAS are there for both types; Python says which by a flag.
 template <typename Function>
 auto with_scalar(bool is_float64, Function function) {
     return is_float64 ? function(double{}) : function(float{});
-}
-
-template <typename Value>
-Value* pointer(std::uintptr_t address) {
-    return reinterpret_cast<Value*>(address);
 }
 
 int cusolver_sygvd_workspace(int library, int device, std::uintptr_t stream, bool is_float64, std::uintptr_t a,
@@ -230,6 +269,8 @@ PYBIND11_MODULE(_C, module) {
                "num_threads"_a);
     module.def("dare", &dare, "dtype"_a, "values"_a, "outputs"_a, "sizes"_a, "seed"_a, "first_stream"_a, "keep_below"_a,
                "scale"_a, "num_threads"_a);
+    module.def("torch_dare", &torch_dare, "dtype"_a, "values"_a, "output"_a, "size"_a, "probability"_a, "density"_a,
+               "generator_state"_a);
     module.def("ties", &ties, "dtype"_a, "values"_a, "outputs"_a, "sizes"_a, "kept"_a, "weights"_a, "by_frequency"_a,
                "num_threads"_a);
 }
