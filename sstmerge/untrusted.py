@@ -161,7 +161,7 @@ def _regular_size(path: Path, what: str, error: type[InputError]) -> int:
     try:
         status = path.stat()
     except (OSError, ValueError) as reason:  # ValueError: a null byte in the name
-        raise error(f"{what} cannot be read: {reason}.") from reason
+        raise error(f"{what} cannot be read: {getattr(reason, 'strerror', None) or reason}.") from reason
     if not stat.S_ISREG(status.st_mode):
         raise error(f"{what} is no regular file.")
     if not os.access(path, os.R_OK):

@@ -31,7 +31,7 @@ from sstmerge.adapters.adapter import (
     merged_config,
     natural_order,
 )
-from sstmerge.adapters.basis import RANK_TOLERANCE, LayerGroup, build_groups, stack_factors, stackable_layers
+from sstmerge.adapters.basis import RANK_TOLERANCE, LayerGroup, Members, build_groups, stack_factors, stackable_layers
 from sstmerge.errors import AdapterError, InputError
 
 
@@ -304,6 +304,7 @@ class CoreSpace:
         for i, entry in enumerate(recorded["groups"]):
             members = tuple((int(index), int(rank)) for index, rank in entry["members"])
             names = tuple(entry["names"])
+            _check_members(ordered, members, names)
             left, right = stack_factors(ordered, members, names)
             output, input_ = tensors[f"basis.output.{i}"], tensors[f"basis.input.{i}"]
             groups.append(LayerGroup(names, members, (left @ output).float(), (right @ input_).float(), output, input_))
@@ -318,6 +319,20 @@ class CoreSpace:
         A = torch.stack([f.A for f in factors]).double()
         scaling = torch.tensor([f.scaling for f in factors], dtype=torch.float64)
         return scaling[:, None, None] * ((group.U.double().mT @ B) @ (A @ group.V.double()))
+
+
+def _check_members(adapters: Sequence[Adapter], members: Members, names: Sequence[str]) -> None:
+    """Refuse a recorded group that the adapters do not have, or whose layers differ in shape."""
+    shapes = set()
+    for index, rank in members:
+        for name in names:
+            factors = adapters[index].layers.get(name)
+            shapes.add(None if factors is None else factors.shape)
+            if factors is None or factors.rank != rank or len(shapes) > 1:
+                raise AdapterError(
+                    f"The statistics name layer '{name}' with rank {rank} for adapter '{adapters[index].name}', which has "
+                    "no such layer: the file is damaged; collect the statistics anew."
+                )
 
 
 def _largest_rank(singular_values: Sequence[Tensor]) -> int:

@@ -17,7 +17,9 @@ from torch import Tensor
 from sstmerge.adapters import Adapter, CoreSpace
 from sstmerge.atomic import atomic_file
 from sstmerge.errors import FisherError
+from sstmerge.fisher.contents import COUNTS, check_tensors, parse_header, parse_space
 from sstmerge.fisher.structures import KroneckerBasis, Structure
+from sstmerge.untrusted import read_tensor_headers
 
 _METADATA_KEY = "sstmerge_fisher"
 _FORMAT = 1
@@ -283,9 +285,6 @@ class Fisher:
         counts = Counts(**{name: tensors.pop(f"counts.{name}") for name in Counts.__dataclass_fields__})
         basis = {name: tensors.pop(name) for name in list(tensors) if name.startswith("basis.")}
         space = CoreSpace.from_basis(adapters, description, basis)
-        for name, tensor in tensors.items():
-            if not bool(torch.isfinite(tensor).all()):
-                raise FisherError(f"'{name}' in {path} holds NaN or Inf; collect this Fisher again.")
         return cls(Structure(header["structure"]), space, tensors, counts, header["metadata"])
 
 
@@ -311,20 +310,22 @@ def read_header(path: str | Path) -> dict[str, Any]:
 
 
 def _read(path: str | Path) -> tuple[dict[str, Any], str, dict[str, Tensor]]:
+    where = f"'{path}'"
+    headers, metadata = read_tensor_headers(Path(path), where, FisherError)
+    if _METADATA_KEY not in metadata or "space" not in metadata:
+        raise FisherError(f"{where} is a safetensors file, but not a Fisher that sstmerge wrote.")
+    header = parse_header(metadata[_METADATA_KEY], where, _FORMAT)
+    check_tensors(header["structure"], parse_space(metadata["space"], where), headers, where)
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
+            tensors = {key: file.get_tensor(key) for key in headers}
     except (SafetensorError, OSError) as error:
-        raise FisherError(f"'{path}' is not a readable safetensors file: {error}.") from error
-    if _METADATA_KEY not in metadata:
-        raise FisherError(f"'{path}' is a safetensors file, but not a Fisher that sstmerge wrote.")
-    header = json.loads(metadata[_METADATA_KEY])
-    if header.get("format") != _FORMAT:
-        raise FisherError(f"'{path}' has Fisher format {header.get('format')}; this version reads format {_FORMAT}.")
-    missing = [f"counts.{name}" for name in Counts.__dataclass_fields__ if f"counts.{name}" not in tensors]
-    if missing or "space" not in metadata:
-        raise FisherError(f"'{path}' is damaged: it lacks {missing or 'its space'}; collect this Fisher again.")
+        raise FisherError(f"{where} is not a readable safetensors file: {error}.") from error
+    for name, tensor in tensors.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise FisherError(f"'{name}' in {path} holds NaN or Inf; collect this Fisher again.")
+    if any(bool((tensors[f"counts.{name}"] < 0).any()) for name in COUNTS):
+        raise FisherError(f"{where} is damaged: it counts fewer than no sequences; collect this Fisher again.")
     return header, metadata["space"], tensors
 
 
