@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import csv
-import json
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from sstmerge.errors import DataError
+from sstmerge.untrusted import LONGEST_JSON, parse_json
 
 LOCAL_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+LARGEST_LIST = 2**30  # bytes of a .json file
 Row = Mapping[str, Any]
 
 
@@ -30,8 +31,12 @@ def numbered_rows(location: str, split: str | None) -> tuple[str, Iterator[tuple
     Raises:
         DataError: If `location` looks like a file and is not there, or cannot be loaded from the hub.
     """
-    path = Path(location).expanduser()
-    if path.exists():
+    try:
+        path = Path(location).expanduser()
+        exists = path.exists()
+    except (OSError, RuntimeError, ValueError) as error:  # too long, a null byte, the home of nobody
+        raise DataError(f"The prompt file '{location}' cannot be read: {error}.") from error
+    if exists:
         return path.name, _rows_of_split(_read_file(path), split, path.name)
     if _looks_like_file(location):
         raise DataError(f"The prompt file {location} does not exist; give a {either(LOCAL_SUFFIXES)} file or a hub id.")
@@ -67,15 +72,21 @@ def _read_file(path: Path) -> Iterator[tuple[int, Row]]:
 
 
 def _read_jsonl(path: Path) -> Iterator[tuple[int, Row]]:
-    with path.open(encoding="utf-8-sig") as lines:
-        for number, line in enumerate(lines, start=1):
+    with path.open(encoding="utf-8-sig") as file:
+        for number, line in enumerate(iter(lambda: file.readline(LONGEST_JSON + 1), ""), start=1):
+            source = f"{path.name}, row {number}"
+            if len(line) > LONGEST_JSON:
+                raise DataError(f"{source} is longer than {LONGEST_JSON:,} characters; is this a JSONL file?")
             if line.strip():
-                yield number, _row(_parse_json(line, f"{path.name}, row {number}"), f"{path.name}, row {number}")
+                yield number, _row(parse_json(line, source, DataError), source)
 
 
 def _read_json(path: Path) -> Iterator[tuple[int, Row]]:
+    size = path.stat().st_size
+    if size > LARGEST_LIST:
+        raise DataError(f"{path.name} has {size:,} bytes, but a JSON list is read whole; save it as JSONL, row by row.")
     text = path.read_text(encoding="utf-8-sig")
-    content = _parse_json(text, path.name) if text.strip() else []
+    content = parse_json(text, path.name, DataError) if text.strip() else []
     if not isinstance(content, list):
         raise DataError(f"{path.name} must hold a JSON list of rows, got {type(content).__name__}.")
     for number, row in enumerate(content, start=1):
@@ -84,12 +95,15 @@ def _read_json(path: Path) -> Iterator[tuple[int, Row]]:
 
 def _read_csv(path: Path) -> Iterator[tuple[int, Row]]:
     with path.open(encoding="utf-8-sig", newline="") as lines:
-        for number, row in enumerate(csv.DictReader(lines), start=1):
-            # An empty CSV cell means "not given": CSV has no other way to say it.
-            cells: dict[str, Any] = {key: value for key, value in row.items() if value}
-            if "messages" in cells:
-                cells["messages"] = _parse_json(cells["messages"], f"{path.name}, row {number}")
-            yield number, cells
+        try:
+            for number, row in enumerate(csv.DictReader(lines), start=1):
+                # An empty CSV cell means "not given": CSV has no other way to say it.
+                cells: dict[str, Any] = {key: value for key, value in row.items() if value}
+                if "messages" in cells:
+                    cells["messages"] = parse_json(cells["messages"], f"{path.name}, row {number}", DataError)
+                yield number, cells
+        except csv.Error as error:
+            raise DataError(f"{path.name} is not a readable CSV file: {error}.") from error
 
 
 def _read_parquet(path: Path) -> Iterator[tuple[int, Row]]:
@@ -113,15 +127,6 @@ def _read_hub(name: str, split: str) -> Iterable[Row]:
             f"{name} is neither a file here nor a data set that can be loaded from the hub (split {split!r}): {error}"
         ) from error
     return rows
-
-
-def _parse_json(text: str, source: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise DataError(
-            f"{source} is not valid JSON: {error.msg} at column {error.colno} of line {error.lineno}."
-        ) from error
 
 
 def _row(row: Any, source: str) -> Row:

@@ -7,6 +7,7 @@ A row is `{"prompt": …, "response": …}` or `{"messages": [{"role": …, "con
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -90,10 +91,16 @@ def load_examples(
     if inline_split and split and inline_split != split:
         raise InputError(f"{path_or_hub_id} asks for split {inline_split!r}, but split={split!r} was given as well.")
     name, rows = numbered_rows(location, split or inline_split or None)
-    examples = [_example(row, f"{name}, row {number}", require_response) for number, row in islice(rows, limit)]
+    examples = [
+        _example(row, f"{name}, row {number}", require_response) for number, row in islice(rows, _at_most(limit))
+    ]
     if not examples:
         raise DataError(f"{name} holds no rows; expected one prompt per row.")
     return examples
+
+
+def _at_most(limit: int | None) -> int | None:
+    return None if limit is None else min(limit, sys.maxsize)  # islice takes no larger number
 
 
 # ---- rows to examples ----------------------------------------------------------------------------------------------
@@ -146,10 +153,10 @@ def _weight(value: Any, source: str) -> float:
         return 1.0
     try:
         weight = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         weight = math.nan
     if not (math.isfinite(weight) and weight > 0):
-        raise DataError(f"{source}: the weight must be a positive finite number, got {value!r}.")
+        raise DataError(f"{source}: the weight must be a positive finite number, got {value!r:.60}.")
     return weight
 
 

@@ -22,7 +22,8 @@ LONGEST_HEADER = 64 * 2**20
 LONGEST_JSON = 16 * 2**20
 LONGEST_NAME = 1024  # characters of a tensor name
 FLOATING_POINT = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
-_ITEM_BYTES = FLOATING_POINT | {"I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+_WHOLE = {f"{sign}{8 * size}": size for sign in "IU" for size in (1, 2, 4, 8)}
+_ITEM_BYTES = FLOATING_POINT | _WHOLE | {"BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "C64": 8}
 _LENGTH_FIELD = 8
 
 
@@ -100,7 +101,12 @@ def read_json(path: Path, what: str, error: type[InputError] = InputError) -> di
 
 
 def read_tensor_headers(
-    path: Path, what: str, error: type[InputError] = InputError, *, dtypes: Collection[str] = tuple(_ITEM_BYTES)
+    path: Path,
+    what: str,
+    error: type[InputError] = InputError,
+    *,
+    dtypes: Collection[str] = tuple(_ITEM_BYTES),
+    may_be_empty: bool = False,
 ) -> tuple[dict[str, TensorHeader], dict[str, str]]:
     """Read the header of a safetensors file, and nothing of its tensors.
 
@@ -109,6 +115,7 @@ def read_tensor_headers(
         what: What it is, to begin a sentence with.
         error: Class of the errors.
         dtypes: Dtypes that are accepted, in the names of the format.
+        may_be_empty: Accept tensors without entries.
 
     Returns:
         The tensors by name, and the file's metadata.
@@ -125,6 +132,9 @@ def read_tensor_headers(
         raise error(f"The metadata of {what} must be texts by name.")
     tensors = {name: _tensor_header(name, entry, what, error, dtypes) for name, entry in header.items()}
     declared = sum(tensor.bytes for tensor in tensors.values())
+    empty = next((name for name, tensor in tensors.items() if 0 in tensor.shape), None)
+    if empty is not None and not may_be_empty:
+        raise error(f"'{empty}' of {what} has shape {tensors[empty].shape}: it is empty.")
     if declared >= size:
         raise error(f"{what} has {size:,} bytes, but declares tensors of {declared:,}: it is cut short or damaged.")
     return tensors, metadata
@@ -152,8 +162,6 @@ def _tensor_header(name: str, entry: Any, what: str, error: type[InputError], dt
         raise error(f"The header of {what} gives no dtype and shape for '{name}'.")
     if dtype not in dtypes:
         raise error(f"'{name}' of {what} has dtype {dtype[:20]}; expected one of {', '.join(dtypes)}.")
-    if 0 in shape:
-        raise error(f"'{name}' of {what} has shape {tuple(shape)}: it is empty.")
     return TensorHeader(dtype, tuple(shape))
 
 

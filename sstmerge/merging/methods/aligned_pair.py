@@ -7,17 +7,17 @@ never formed: C B = V (Vᵀ B) / ‖V‖_F costs two products with V.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from sstmerge.adapters import Adapter, LoraFactors
 from sstmerge.errors import AdapterError, InputError
+from sstmerge.untrusted import read_json, read_tensor_headers
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
@@ -239,11 +239,14 @@ def _locate(path: Path, source: str) -> dict[str, Path]:
     if path.is_file():
         return dict.fromkeys(_names(path, source), path)
     if (path / INDEX_FILE).is_file():
-        try:
-            index = json.loads((path / INDEX_FILE).read_text())["weight_map"]
-            files = {str(name): path / str(shard) for name, shard in index.items()}
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"{INDEX_FILE} of {source} cannot be read as an index of shards: {error!r}.") from error
+        what = f"{INDEX_FILE} of {source}"
+        index = read_json(path / INDEX_FILE, what).get("weight_map")
+        if not isinstance(index, dict) or not all(isinstance(shard, str) for shard in index.values()):
+            raise InputError(f"{what} cannot be read as an index of shards: it has no weight_map of names to files.")
+        foreign = next((shard for shard in index.values() if shard != Path(shard).name or shard in ("", "..")), None)
+        if foreign is not None:
+            raise InputError(f"{what} names the shard '{foreign}', which is no file beside it.")
+        files = {name: path / shard for name, shard in index.items()}
         held = {shard: _names(shard, source) for shard in set(files.values())}
         for name, shard in files.items():
             if name not in held[shard]:
@@ -258,8 +261,4 @@ def _locate(path: Path, source: str) -> dict[str, Path]:
 
 
 def _names(path: Path, source: str) -> frozenset[str]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            return frozenset(file.keys())
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{path.name} of {source} is not a readable safetensors file: {error}.") from error
+    return frozenset(read_tensor_headers(path, f"{path.name} of {source}", may_be_empty=True)[0])
