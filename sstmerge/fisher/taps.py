@@ -153,7 +153,7 @@ def installed_taps(
         AdapterError: If a layer of the space is not in the model.
     """
     with ExitStack() as stack:
-        modules = _base_modules(model, stack)
+        modules = base_modules(model, stack)
         anchor = torch.zeros((), requires_grad=True) if record else None
         cores = None if core is None or not bool(core.any()) else space.split(core)
         groups: list[list[Tap]] = []
@@ -201,7 +201,8 @@ def frozen(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def _base_modules(model: nn.Module, stack: ExitStack) -> dict[str, nn.Module]:
+def base_modules(model: nn.Module, stack: ExitStack) -> dict[str, nn.Module]:
+    """Return a model's modules by path; a `PeftModel`'s adapters are off until the stack ends."""
     if not hasattr(model, "peft_config"):
         return dict(model.named_modules())
     if not hasattr(model, "get_base_model"):
