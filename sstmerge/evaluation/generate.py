@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sstmerge.errors import DataError, InputError
+from sstmerge.fisher.placement import input_device
 from sstmerge.prompts import Example, context_length, prompt_tokens
 
 if TYPE_CHECKING:
@@ -98,7 +99,7 @@ def _generate_batch(
 ) -> list[str]:
     end_tokens = _end_tokens(model, tokenizer)
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(end_tokens, default=0)
-    input_ids, attention_mask = _left_padded(prompts, padding, next(model.parameters()).device)
+    input_ids, attention_mask = _left_padded(prompts, padding, input_device(model))
     sequences = model.generate(
         input_ids=input_ids,
         attention_mask=attention_mask,
