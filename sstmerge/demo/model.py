@@ -185,7 +185,7 @@ def _convert(gguf: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
     place, name = str(gguf.parent), gguf.name
-    options: dict[str, object] = {"gguf_file": name, "dtype": torch.float32}
+    options: dict[str, object] = {"gguf_file": name, "dtype": torch.float32, "trust_remote_code": False}
     # Newer transformers may keep the weights packed; older ones always dequantise and do not know the class.
     if hasattr(transformers, "GgufConfig"):
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
@@ -197,7 +197,7 @@ def _convert(gguf: Path, folder: Path) -> None:
     plain = LlamaForCausalLM(LlamaConfig(**settings)).to(torch.bfloat16)
     plain.load_state_dict(loaded.state_dict())
     plain.tie_weights()
-    tokenizer = AutoTokenizer.from_pretrained(place, gguf_file=name)
+    tokenizer = AutoTokenizer.from_pretrained(place, gguf_file=name, trust_remote_code=False)
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     plain.generation_config = GenerationConfig(bos_token_id=tokenizer.bos_token_id, eos_token_id=end, pad_token_id=end)
     tokenizer.model_max_length = plain.config.max_position_embeddings

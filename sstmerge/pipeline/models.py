@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from sstmerge.errors import InputError
@@ -12,6 +13,23 @@ from sstmerge.ops import default_device
 
 DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 QUANTIZATIONS = ("4bit", "8bit")
+# Nothing of a model is ever executed: no code from its repository, no pickled weights.
+_NO_CODE = {"trust_remote_code": False}
+_SAFE_WEIGHTS = _NO_CODE | {"use_safetensors": True}
+# What transformers and tokenizers raise for files they cannot make sense of.
+_UNREADABLE = (
+    OSError,
+    ValueError,
+    ImportError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    RuntimeError,
+    ArithmeticError,
+    SafetensorError,
+)
+# Building a model takes a module per layer, whatever its weights are.
+_LARGEST = {"num_hidden_layers": 10_000, "num_local_experts": 100_000, "num_experts": 100_000}
 
 
 def load_model(
@@ -44,14 +62,21 @@ def load_model(
     from transformers import AutoModelForCausalLM
 
     options: dict[str, Any] = {"dtype": DTYPES[dtype], "revision": revision, "device_map": device or default_device()}
+    _config(base, revision)
     if quantization is not None:
         from transformers import BitsAndBytesConfig
 
         options["quantization_config"] = BitsAndBytesConfig(**{f"load_in_{quantization}": True})
     try:
-        model = AutoModelForCausalLM.from_pretrained(base, **options)
-    except (OSError, ValueError, ImportError) as error:
+        model, info = AutoModelForCausalLM.from_pretrained(base, **options, **_SAFE_WEIGHTS, output_loading_info=True)
+    except _UNREADABLE as error:
         raise InputError(f"The base model '{base}' cannot be loaded: {error}") from error
+    absent = sorted({*info["missing_keys"], *(str(key) for key in info["mismatched_keys"])})
+    if absent:
+        raise InputError(
+            f"The weights of the base model '{base}' lack {len(absent)} tensors that its config.json asks for, such as "
+            f"'{absent[0]}': they would be random. Give the complete model."
+        )
     return model.eval()  # type: ignore[no-any-return]
 
 
@@ -71,8 +96,8 @@ def load_tokenizer(base: str, *, revision: str | None = None) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(base, revision=revision)
-    except (OSError, ValueError, ImportError) as error:
+        return AutoTokenizer.from_pretrained(base, revision=revision, **_NO_CODE)
+    except _UNREADABLE as error:
         raise InputError(f"The tokenizer of '{base}' cannot be loaded: {error}") from error
 
 
@@ -89,12 +114,28 @@ def parameter_count(base: str, *, revision: str | None = None) -> int:
     Raises:
         InputError: If its configuration cannot be read.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
+
+    config = _config(base, revision)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, **_NO_CODE)
+    except _UNREADABLE as error:
+        raise InputError(f"The configuration of '{base}' makes no causal language model: {error}") from error
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _config(base: str, revision: str | None) -> Any:
+    """Return the configuration of a model, which must be that of a model somebody can have trained."""
+    from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(base, revision=revision)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
-    except (OSError, ValueError, ImportError) as error:
-        raise InputError(f"The configuration of '{base}' cannot be read: {error}") from error
-    return sum(parameter.numel() for parameter in model.parameters())
+        config = AutoConfig.from_pretrained(base, revision=revision, **_NO_CODE)
+    except _UNREADABLE as error:
+        raise InputError(f"The base model '{base}' cannot be loaded: {error}") from error
+    text = getattr(config, "text_config", None) or config
+    for name, largest in _LARGEST.items():
+        value = getattr(text, name, None)
+        if isinstance(value, int) and value > largest:
+            raise InputError(f"The configuration of '{base}' says {name} = {value:,}; at most {largest:,} is believed.")
+    return config
