@@ -31,3 +31,29 @@ class BackendError(SSTMergeError, RuntimeError):
 
 class OutputError(SSTMergeError, OSError):
     """A result could not be written; nothing half-written is left behind."""
+
+
+class PeerError(SSTMergeError, RuntimeError):
+    """Another process of a distributed run failed or died, so this one cannot go on.
+
+    Attributes:
+        reported: Whether some process has told the user why already.
+    """
+
+    def __init__(self, message: str, *, reported: bool = False) -> None:
+        super().__init__(message)
+        self.reported = reported
+
+
+class Interrupted(SSTMergeError):
+    """The run was stopped by SIGINT or SIGTERM; what was collected is kept where there is a checkpoint.
+
+    Attributes:
+        signal: The signal's number; the exit code is 128 more.
+        reported: Whether another process has told the user already.
+    """
+
+    def __init__(self, message: str, *, signal: int) -> None:
+        super().__init__(message)
+        self.signal = signal
+        self.reported = False

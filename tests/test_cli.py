@@ -216,7 +216,7 @@ def test_a_fisher_of_other_adapters_is_refused(monkeypatch, job, tmp_path, capsy
 
 
 def test_the_application_lists_every_command():
-    from sstmerge.cli import data_commands, demo_command, merge_commands, method_commands  # noqa: F401
+    from sstmerge.cli import data_commands, demo_command, fisher_command, merge_commands, method_commands  # noqa: F401
 
     names = {command.name or command.callback.__name__ for command in cli_app.registered_commands}
     assert names == {"merge", "methods", "fisher", "curve", "inspect", "evaluate", "check", "doctor", "demo"}

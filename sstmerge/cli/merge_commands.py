@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from sstmerge.cli.app import ConfigOption, app, console, error_console, fail_on, parse_named, progress_bars
+from sstmerge.cli.app import ConfigOption, app, console, error_console, fail_on, progress_bars
 from sstmerge.cli.method_commands import METHOD_ONLY, SST, merge_by_method, refuse_flags
 from sstmerge.errors import InputError
 
@@ -82,8 +82,8 @@ def merge(
     utility_weight: UtilityWeight = None,
     harm: Annotated[list[Path] | None, typer.Option("--harm", help="Harmful prompts with refusals (JSONL).")] = None,
     benign: Annotated[list[Path] | None, typer.Option("--benign", help="Benign prompts (JSONL).")] = None,
-    gain: Annotated[Path | None, typer.Option("--gain", help="Fisher of harmful prompts, instead of --harm.")] = None,
-    cost: Annotated[Path | None, typer.Option("--cost", help="Fisher of benign prompts, instead of --benign.")] = None,
+    gain: Annotated[Path | None, typer.Option("--gain", help="Fisher or sketch of harmful prompts, instead of --harm.")] = None,
+    cost: Annotated[Path | None, typer.Option("--cost", help="Fisher or sketch of benign prompts, instead of --benign.")] = None,
     rule: Rule = "project",
     scale: Scale = None,
     top: Top = None,
@@ -203,8 +203,8 @@ def merge(
 
 @app.command()
 def curve(
-    gain: Annotated[Path, typer.Option("--gain", help="Fisher of harmful prompts.")],
-    cost: Annotated[Path, typer.Option("--cost", help="Fisher of benign prompts.")],
+    gain: Annotated[Path, typer.Option("--gain", help="Fisher or sketch of harmful prompts.")],
+    cost: Annotated[Path, typer.Option("--cost", help="Fisher or sketch of benign prompts.")],
     safety: Safety,
     out: Annotated[Path, typer.Option("--out", help="Directory for curve.csv, curve.png and the adapters.")],
     utility: Utility = None,

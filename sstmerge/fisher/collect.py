@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -14,10 +16,14 @@ from sstmerge.adapters import CoreSpace
 from sstmerge.errors import FisherError, InputError
 from sstmerge.fisher.batch import Batch
 from sstmerge.fisher.batch_scores import BatchScores
-from sstmerge.fisher.fingerprints import data_fingerprint, model_fingerprint
-from sstmerge.fisher.fisher import Counts, Fisher
+from sstmerge.fisher.checkpoint import Checkpoint
+from sstmerge.fisher.distributed import Ranks
+from sstmerge.fisher.fingerprints import content_hash, data_fingerprint, layout_fingerprint, model_fingerprint
+from sstmerge.fisher.fisher import Fisher
 from sstmerge.fisher.head import Head
+from sstmerge.fisher.placement import input_device
 from sstmerge.fisher.points import reference_points
+from sstmerge.fisher.shared_work import SharedWork
 from sstmerge.fisher.structures import (
     Accumulator,
     KroneckerBasis,
@@ -26,6 +32,7 @@ from sstmerge.fisher.structures import (
     parse_structure,
 )
 from sstmerge.fisher.taps import Taps, frozen, installed_taps
+from sstmerge.fisher.work import Collected, all_items
 from sstmerge.ops import BackendName
 
 
@@ -45,8 +52,14 @@ def collect_fisher(
     backend: BackendName = "auto",
     metadata: dict[str, Any] | None = None,
     progress: Callable[[int, int], None] | None = None,
+    ranks: Ranks | None = None,
+    checkpoint: Checkpoint | None = None,
+    stop: Callable[[Collected], bool] | None = None,
 ) -> Fisher:
     """Collect a Fisher in the core space of some adapters.
+
+    The sums are added in an order that depends on the batches alone (`sstmerge.fisher.partial_sums`), so that neither the
+    number of processes nor an interruption changes a bit, as long as the machine computes one batch alike.
 
     Args:
         model: A causal language model from transformers, or a `peft.PeftModel` of it; used in evaluation mode, restored
@@ -67,7 +80,13 @@ def collect_fisher(
         seed: Seed of the sampled labels. The labels of a sequence depend on its index, not on how batches are cut.
         backend: What projects activations and gradients, as in `installed_taps`.
         metadata: Further entries of the result's metadata.
-        progress: Called with the numbers of sequences done and in all.
+        progress: Called with the numbers of sequences done, by all processes, and in all.
+        ranks: The processes that share the work; all must call this function with the same arguments, and all get the
+            result. This process alone by default.
+        checkpoint: Where to save what was collected, and to go on from. With one, SIGINT and SIGTERM save it and raise
+            `Interrupted`.
+        stop: Asked after every batch whether this is enough; its answer must depend on what was collected alone, so that a
+            resumed run stops at the same place. Not for several processes.
 
     Returns:
         The Fisher.
@@ -79,25 +98,11 @@ def collect_fisher(
     kind = parse_structure(structure)
     sharing = _parse_sharing(weight_sharing)
     _check_options(kind, labels, draws, basis, batches)
+    ranks = ranks or Ranks()
+    if stop is not None and ranks.size > 1:
+        raise InputError("Stopping early needs the sums of all processes after every batch; collect with one process.")
     home = reference_space or space
     points = reference_points(reference, home) if isinstance(reference, str) else [reference]
-    accumulator = Accumulator(
-        kind, [group.core_shape for group in space.groups], weight_sharing=sharing, basis=basis, device=_device(model)
-    )
-    counts = Counts.zero()
-    done, total = 0, sum(len(batch.index) for batch in batches) * len(points)
-    head = Head(model)
-    with frozen(model):
-        for number, point in enumerate(points):
-            with _taps_at(model, space, home, point, backend) as taps:
-                for batch in batches:
-                    run = BatchScores(model, head, taps, batch.to(_device(model)), seed * len(points) + number)
-                    counts = counts + run.collect(accumulator, labels, draws)
-                    done += len(batch.index)
-                    if progress is not None:
-                        progress(done, total)
-    statistics = accumulator.statistics()
-    _check_finite(statistics, space)
     recorded = {
         "labels": labels,
         "reference": reference if isinstance(reference, str) else "a point",
@@ -109,6 +114,39 @@ def collect_fisher(
         "versions": {"sstmerge": sstmerge.__version__, "torch": torch.__version__},
         **(metadata or {}),
     }
+    shapes = [group.core_shape for group in space.groups]
+    work = SharedWork(
+        all_items(kind, len(points), len(batches)),
+        batches,
+        partial(Accumulator, kind, shapes, weight_sharing=sharing, basis=basis, device=input_device(model)),
+        ranks=ranks,
+        checkpoint=checkpoint,
+        configuration=lambda: {
+            "structure": kind.value,
+            **recorded,
+            "batches": layout_fingerprint(batches),
+            "adapters": space.fingerprint,
+            "bases": content_hash(space.basis_tensors() | {f"home.{n}": t for n, t in home.basis_tensors().items()}),
+            "points": content_hash({str(i): point for i, point in enumerate(points)}),
+            "Kronecker basis": basis and content_hash({str(i): t for i, t in enumerate(basis.P + basis.Q)}),
+            "device": input_device(model).type,
+            "backend": backend,
+        },
+    )
+    head = Head(model)
+    with frozen(model), work.signals_held_back() as signalled:
+        # A batch is over when the next one is asked for: then checkpoints, signals, progress and `stop` have their turn.
+        for number, items in groupby(work.items_in_turn(signalled, progress, stop), key=lambda item: item.point):
+            with _taps_at(model, space, home, points[number], backend) as taps:
+                for item in items:
+                    batch = batches[item.batch].to(input_device(model))
+                    run = BatchScores(model, head, taps, batch, seed * len(points) + number)
+                    accumulator = work.collected.accumulator(item)
+                    work.collected.add(item, run.collect(accumulator, labels, draws))
+    statistics, counts = work.total()
+    if basis is not None:
+        statistics |= basis.statistics()
+    _check_finite(statistics, space)
     return Fisher(kind, space, statistics, counts, recorded)
 
 

@@ -70,6 +70,11 @@ class KroneckerBasis:
     P: tuple[Tensor, ...]
     Q: tuple[Tensor, ...]
 
+    def statistics(self) -> dict[str, Tensor]:
+        """Return what an `ekfac` Fisher keeps of its basis, by name, on the CPU."""
+        named = {f"kronecker_input_basis.{i}": P.cpu() for i, P in enumerate(self.P)}
+        return named | {f"kronecker_output_basis.{i}": Q.cpu() for i, Q in enumerate(self.Q)}
+
 
 @dataclass(frozen=True)
 class GroupScores:
@@ -171,8 +176,7 @@ class Accumulator:
             result["scores"] = torch.cat(self._rows)
             result["score_half"] = torch.cat(self._row_halves).to(torch.int8)
         if self.structure is Structure.EKFAC and self.basis is not None:
-            for i, (P, Q) in enumerate(zip(self.basis.P, self.basis.Q, strict=True)):
-                result |= {f"kronecker_input_basis.{i}": P.cpu(), f"kronecker_output_basis.{i}": Q.cpu()}
+            result |= self.basis.statistics()
         return result
 
     def _add(self, name: str, group: int, half: int, value: Tensor) -> None:
