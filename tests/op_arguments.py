@@ -72,6 +72,13 @@ OPS = {
     "magnitude_prune": Op(lambda size, seed: {"values": _random(seed, 2, size, 5), "density": 0.4}),
     "dare": Op(lambda size, seed: {"values": _random(seed, 2, size, 5), "density": 0.4, "seed": seed}),
     "ties": Op(lambda size, seed: {"values": _random(seed, 2, 2, size, 5), "weights": [1.0, 0.5], "density": 0.4}),
+    "torch_dare": Op(
+        lambda size, seed: {
+            "values": [_random(seed, size, 5), _random(seed + 1, size)],
+            "density": 0.4,
+            "generator": torch.Generator().manual_seed(seed),
+        }
+    ),
 }
 
 

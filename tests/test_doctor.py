@@ -32,7 +32,7 @@ def test_a_sound_installation_passes_every_check():
     assert {(check.op, check.backend) for check in diagnosis.checks} == expected
     assert len(diagnosis.checks) == 2 * len(expected)
     assert all(0 <= check.residual < check.tolerance < 1e-3 for check in diagnosis.checks)
-    exact = {"dare", "magnitude_prune", "ties"}  # bit for bit the reference
+    exact = {"dare", "magnitude_prune", "ties", "torch_dare"}  # bit for bit the reference
     assert all((check.residual == 0) == (check.op in exact) for check in diagnosis.checks)
 
 
@@ -102,7 +102,7 @@ def test_a_wrong_filter_is_found(monkeypatch):
     assert [check.op for check in diagnose().checks if not check.ok] == ["filter_cores"] * 2
 
 
-@pytest.mark.parametrize("op", ["dare", "magnitude_prune", "ties"])
+@pytest.mark.parametrize("op", ["dare", "magnitude_prune", "ties", "torch_dare"])
 @pytest.mark.parametrize("change", [lambda t: t * 1.001, lambda t: t.roll(1)], ids=["values", "entries"])
 def test_a_wrong_sparsifier_is_found(monkeypatch, op, change):
     right = getattr(ops, op)

@@ -10,6 +10,7 @@ from sstmerge.ops.eigen import DriverName, available_drivers, generalized_eigh, 
 from sstmerge.ops.projection import project_accumulate
 from sstmerge.ops.scores import sequence_scores
 from sstmerge.ops.sparsify import dare, magnitude_prune, ties
+from sstmerge.ops.torch_dare import torch_dare
 from sstmerge.reference import GeneralizedEigh, SequenceScores, SolveStatus
 
 __all__ = [
@@ -30,4 +31,5 @@ __all__ = [
     "project_accumulate",
     "sequence_scores",
     "ties",
+    "torch_dare",
 ]

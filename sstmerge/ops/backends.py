@@ -13,7 +13,7 @@ from sstmerge.ops.extension import load_extension
 
 BackendName = Literal["auto", "cuda_compiled", "cuda_cupy", "cpu_compiled", "reference"]
 
-CPU_COMPILED_OPS = ("generalized_eigh", "dare", "magnitude_prune", "ties")
+CPU_COMPILED_OPS = ("generalized_eigh", "dare", "magnitude_prune", "ties", "torch_dare")
 KERNEL_OPS = (
     "generalized_eigh",
     "filter_cores",
@@ -31,6 +31,7 @@ REFERENCE_OPS = (
     "dare",
     "magnitude_prune",
     "ties",
+    "torch_dare",
 )
 
 

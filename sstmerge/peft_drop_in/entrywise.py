@@ -71,15 +71,7 @@ def drop_and_rescale(tensor: Tensor, density: float) -> Tensor:
     """
     if density >= 1:
         return tensor
-    if tensor.device.type == "cpu":
-        # On a CPU a draw of bernoulli is one uniform number below the probability (float64 for float64), in row-major order;
-        # to draw all numbers and compare is three times faster. PEFT rounds the probability to the tensor's dtype.
-        probability = float(torch.tensor(density, dtype=tensor.dtype))
-        uniform = torch.empty(tensor.shape, dtype=_sum_dtype(tensor)).uniform_()
-        kept = uniform.lt_(probability).to(tensor.dtype)
-    else:
-        kept = torch.bernoulli(torch.full_like(tensor, density))
-    return kept.mul_(tensor).div_(density)
+    return ops.torch_dare([tensor], density)[0]
 
 
 def _ties(tensors: Sequence[Tensor], weights: Sequence[float], density: float, method: MajoritySign) -> Tensor:

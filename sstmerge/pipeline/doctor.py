@@ -97,6 +97,7 @@ def diagnose(seed: int = 0) -> Diagnosis:
         "dare": _check_dare,
         "magnitude_prune": _check_magnitude_prune,
         "ties": _check_ties,
+        "torch_dare": _check_torch_dare,
         "project_accumulate": _check_project_accumulate,
         "sequence_scores": _check_sequence_scores,
     }
@@ -258,6 +259,14 @@ def _check_dare(backend: BackendName, dtype: torch.dtype, seed: int) -> float:
     """Return the largest deviation from the reference; infinity where other entries are kept."""
     values = _random_tensors(backend, dtype, seed)
     return _sparse_deviation(ops.dare(values, 0.3, seed, backend=backend), reference.dare(values, 0.3, seed))
+
+
+def _check_torch_dare(backend: BackendName, dtype: torch.dtype, seed: int) -> float:
+    """Return the largest deviation from the reference; infinity where other entries are kept."""
+    values = _random_tensors(backend, dtype, seed)
+    one, other = (torch.Generator().manual_seed(seed) for _ in range(2))
+    found = ops.torch_dare(values, 0.3, generator=one, backend=backend)
+    return _sparse_deviation(found, reference.torch_dare(values, 0.3, generator=other))
 
 
 def _check_ties(backend: BackendName, dtype: torch.dtype, seed: int) -> float:

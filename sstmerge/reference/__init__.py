@@ -8,7 +8,7 @@ from sstmerge.reference.cores import filter_cores
 from sstmerge.reference.eigen import GeneralizedEigh, SolveStatus, generalized_eigh
 from sstmerge.reference.projection import project_accumulate
 from sstmerge.reference.scores import SequenceScores, sequence_scores
-from sstmerge.reference.sparsify import dare, magnitude_prune, ties
+from sstmerge.reference.sparsify import dare, magnitude_prune, probability_in, ties, torch_dare
 
 __all__ = [
     "GeneralizedEigh",
@@ -18,7 +18,9 @@ __all__ = [
     "filter_cores",
     "generalized_eigh",
     "magnitude_prune",
+    "probability_in",
     "project_accumulate",
     "sequence_scores",
     "ties",
+    "torch_dare",
 ]
