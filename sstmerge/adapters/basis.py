@@ -1,25 +1,31 @@
 """Orthonormal bases of stacked adapters, batched over layers of equal shape.
 
 The bases are the singular vectors of the stacked weight changes [ΔW_1 … ΔW_T], each scaled to unit Frobenius norm, found
-from small Gram matrices in float64: nothing of size d_out x d_in is formed, and A and B are read twice.
+from small Gram matrices in float64: nothing of size d_out x d_in is formed. The bases themselves are formed only where the
+model's activations are projected; cores and merged factors come from the Gram matrices and the transforms.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from sstmerge.adapters.adapter import Adapter, natural_order
+from sstmerge.adapters.stacks import FactorStack
 
 # A direction is kept if it carries more than this share of the Frobenius norm of some ΔW_t. Gram matrices in float64
 # resolve relative singular values down to about 1e-8; float32 factors carry 1e-7 of rounding.
 RANK_TOLERANCE = 1e-6
+# From an overlap that is off by 1e-3, as it is at that tolerance, two steps reach 1e-11 and three reach rounding.
+_ORTHOGONALITY_STEPS = 3
 
 # Indices of the adapters stacked in a group, with their ranks.
 Members = tuple[tuple[int, int], ...]
+Stacked = tuple[FactorStack, FactorStack, Tensor]
 
 
 @dataclass(frozen=True)
@@ -29,29 +35,79 @@ class LayerGroup:
     Attributes:
         names: Module paths, L of them.
         members: Indices of the adapters whose factors are stacked, in stacking order, and their ranks.
-        U: Output basis, shape (L, d_out, R_o), float32, orthonormal columns.
-        V: Input basis, shape (L, d_in, R_i), float32, orthonormal columns.
+        outputs: [B_1 … B_T].
+        inputs: [A_1ᵀ … A_Tᵀ].
+        scaling: Scaling of every layer and member, shape (L, T), float64.
         output_transform: T with U = [B_1 … B_T] T, shape (L, Σr, R_o), float64.
         input_transform: T with V = [A_1ᵀ … A_Tᵀ] T, shape (L, Σr, R_i), float64.
     """
 
     names: tuple[str, ...]
     members: Members
-    U: Tensor
-    V: Tensor
+    outputs: FactorStack
+    inputs: FactorStack
+    scaling: Tensor
     output_transform: Tensor
     input_transform: Tensor
+
+    @cached_property
+    def U(self) -> Tensor:
+        """Output basis, shape (L, d_out, R_o), float32, orthonormal columns; calibration needs it, merges do not."""
+        return self.outputs.combine(self.output_transform, torch.float32)
+
+    @cached_property
+    def V(self) -> Tensor:
+        """Input basis, shape (L, d_in, R_i), float32, orthonormal columns."""
+        return self.inputs.combine(self.input_transform, torch.float32)
 
     @property
     def core_shape(self) -> tuple[int, int, int]:
         """Shape (L, R_o, R_i) of the group's batch of cores."""
-        return len(self.names), self.U.shape[2], self.V.shape[2]
+        return len(self.names), self.output_transform.shape[2], self.input_transform.shape[2]
 
     @property
     def size(self) -> int:
         """Number of core entries of the group."""
         layers, rows, columns = self.core_shape
         return layers * rows * columns
+
+    def core(self, adapter: int) -> Tensor:
+        """Return the cores C = s (Uᵀ B)(A V) of an adapter from the small Gram matrices.
+
+        Args:
+            adapter: Index of the adapter.
+
+        Returns:
+            Shape (L, R_o, R_i), float64; zero for an adapter that has no part in the group.
+        """
+        offset = 0
+        for t, (member, rank) in enumerate(self.members):
+            if member == adapter:
+                block = slice(offset, offset + rank)
+                left = self.output_transform.mT @ self.outputs.gram[:, :, block]
+                return (self.scaling[:, t, None, None] * left) @ (self.inputs.gram[:, block] @ self.input_transform)
+            offset += rank
+        return self.scaling.new_zeros(self.core_shape)
+
+
+def stack_group(adapters: Sequence[Adapter], members: Members, names: Sequence[str]) -> Stacked:
+    """Return what of a group depends on the adapters alone.
+
+    Args:
+        adapters: All adapters.
+        members: Those that are stacked, with their ranks.
+        names: Layers, all of one shape.
+
+    Returns:
+        [B_1 … B_T], [A_1ᵀ … A_Tᵀ], and the scaling of every layer and member (L, T), float64.
+    """
+    factors = [[adapters[i].layers[name] for name in names] for i, _ in members]
+    scaling = torch.tensor([[f.scaling for f in own] for own in factors], dtype=torch.float64).mT.contiguous()
+    return (
+        FactorStack(tuple(tuple(f.B for f in own) for own in factors), transposed=False),
+        FactorStack(tuple(tuple(f.A for f in own) for own in factors), transposed=True),
+        scaling.to(factors[0][0].B.device),
+    )
 
 
 def stackable_layers(adapters: Sequence[Adapter]) -> dict[tuple[Members, tuple[int, int]], list[str]]:
@@ -65,46 +121,31 @@ def stackable_layers(adapters: Sequence[Adapter]) -> dict[tuple[Members, tuple[i
     return stackable
 
 
-def stack_factors(adapters: Sequence[Adapter], members: Members, names: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """Return [B_1 … B_T] (L, d_out, Σr) and [A_1ᵀ … A_Tᵀ] (L, d_in, Σr) in float64."""
-    left = [torch.stack([adapters[i].layers[n].B for n in names]).double() for i, _ in members]
-    right = [torch.stack([adapters[i].layers[n].A for n in names]).double().mT for i, _ in members]
-    return torch.cat(left, dim=2), torch.cat(right, dim=2)
-
-
 def build_groups(
     adapters: Sequence[Adapter], members: Members, names: Sequence[str], tolerance: float
 ) -> list[LayerGroup]:
     """Orthonormalise a batch of equally stacked layers and cut it by the ranks that were found."""
-    left, right = stack_factors(adapters, members, names)
-    scaling = torch.tensor([[adapters[i].layers[n].scaling for i, _ in members] for n in names], dtype=torch.float64)
-    left_gram, right_gram = left.mT @ left, right.mT @ right
+    outputs, inputs, scaling = stack_group(adapters, members, names)
     ranks = [rank for _, rank in members]
-    inverse_norms = _inverse_norms(left_gram, right_gram, ranks, scaling)
-    output_transform, output_rank = _singular_transform(left_gram, right_gram, ranks, inverse_norms, tolerance)
-    input_transform, input_rank = _singular_transform(right_gram, left_gram, ranks, inverse_norms, tolerance)
+    inverse_norms = _inverse_norms(outputs.gram, inputs.gram, ranks, scaling)
+    output_transform, output_rank = _singular_transform(outputs.gram, inputs.gram, ranks, inverse_norms, tolerance)
+    input_transform, input_rank = _singular_transform(inputs.gram, outputs.gram, ranks, inverse_norms, tolerance)
     by_rank: dict[tuple[int, int], list[int]] = {}
     for layer, pair in enumerate(zip(output_rank.tolist(), input_rank.tolist(), strict=True)):
         if min(pair) > 0:
             by_rank.setdefault(pair, []).append(layer)
-    groups = []
-    for (rows, columns), chosen in by_rank.items():
-        index = torch.tensor(chosen)
-        output, input_ = (
-            output_transform[index, :, :rows].contiguous(),
-            input_transform[index, :, :columns].contiguous(),
+    return [
+        LayerGroup(
+            names=tuple(names[i] for i in chosen),
+            members=members,
+            outputs=outputs.of_layers(chosen),
+            inputs=inputs.of_layers(chosen),
+            scaling=scaling[chosen],
+            output_transform=output_transform[chosen, :, :rows].contiguous(),
+            input_transform=input_transform[chosen, :, :columns].contiguous(),
         )
-        groups.append(
-            LayerGroup(
-                names=tuple(names[i] for i in chosen),
-                members=members,
-                U=(left[index] @ output).float(),
-                V=(right[index] @ input_).float(),
-                output_transform=output,
-                input_transform=input_,
-            )
-        )
-    return groups
+        for (rows, columns), chosen in by_rank.items()
+    ]
 
 
 def _inverse_norms(left_gram: Tensor, right_gram: Tensor, ranks: Sequence[int], scaling: Tensor) -> Tensor:
@@ -125,8 +166,8 @@ def _singular_transform(
 ) -> tuple[Tensor, Tensor]:
     """Return T so that [B_1 … B_T] T has the left singular vectors of [ΔW_t / ‖ΔW_t‖]_t as columns, and their number.
 
-    With K = blockdiag(w_t² A_t A_tᵀ) the stacked weight changes satisfy Σ_t w_t² ΔW_t ΔW_tᵀ = (B K^½)(B K^½)ᵀ, whose
-    small Gram matrix K^½ BᵀB K^½ (Σr x Σr) gives the singular vectors.
+    With K = L Lᵀ = blockdiag(w_t² A_t A_tᵀ) the stacked weight changes satisfy Σ_t w_t² ΔW_t ΔW_tᵀ = (B L)(B L)ᵀ, whose
+    small Gram matrix Lᵀ BᵀB L (Σr x Σr) gives the singular vectors.
 
     Args:
         gram: BᵀB of the stack, shape (L, Σr, Σr).
@@ -142,18 +183,26 @@ def _singular_transform(
     offset = 0
     for t, rank in enumerate(ranks):
         block = slice(offset, offset + rank)
-        values, vectors = torch.linalg.eigh(other_gram[:, block, block])
-        weighted = inverse_norms[:, t, None].abs() * values.clamp_min(0).sqrt()
-        root[:, block, block] = (vectors * weighted[:, None, :]) @ vectors.mT
+        root[:, block, block] = inverse_norms[:, t, None, None].abs() * _square_root(other_gram[:, block, block])
         offset += rank
-    squared, vectors = torch.linalg.eigh(root @ gram @ root)
+    squared, vectors = torch.linalg.eigh(root.mT @ gram @ root)
     squared, vectors = squared.flip(-1), vectors.flip(-1)
     kept = squared > tolerance**2
     inverse = torch.where(kept, squared.where(kept, 1.0).rsqrt(), 0.0)
     transform = root @ vectors * inverse[:, None, :]
-    # Dividing by small singular values costs orthogonality; one symmetric correction restores it to rounding.
-    identity = torch.eye(gram.shape[-1], dtype=gram.dtype)
-    overlap = transform.mT @ gram @ transform + torch.diag_embed((~kept).to(gram.dtype))
-    values, rotation = torch.linalg.eigh(overlap)
-    correction = (rotation * values.clamp_min(torch.finfo(gram.dtype).eps).rsqrt()[:, None, :]) @ rotation.mT
-    return transform @ torch.where(kept[:, :, None] & kept[:, None, :], correction, identity), kept.sum(dim=1)
+    # Dividing by small singular values costs orthogonality; Newton-Schulz steps towards the inverse square root of the
+    # overlap restore it to rounding. Columns left out stay zero.
+    identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    for _ in range(_ORTHOGONALITY_STEPS):
+        transform = transform @ (1.5 * identity - 0.5 * (transform.mT @ gram @ transform))
+    return transform, kept.sum(dim=1)
+
+
+def _square_root(gram: Tensor) -> Tensor:
+    """Return some root L of positive semidefinite matrices, L Lᵀ = G: Cholesky's, or where that fails the symmetric one."""
+    root, info = torch.linalg.cholesky_ex(gram)
+    failed = info != 0
+    if bool(failed.any()):
+        values, vectors = torch.linalg.eigh(gram[failed])
+        root[failed] = (vectors * values.clamp_min(0).sqrt()[:, None, :]) @ vectors.mT
+    return root

@@ -31,7 +31,7 @@ from sstmerge.adapters.adapter import (
     merged_config,
     natural_order,
 )
-from sstmerge.adapters.basis import RANK_TOLERANCE, LayerGroup, Members, build_groups, stack_factors, stackable_layers
+from sstmerge.adapters.basis import RANK_TOLERANCE, LayerGroup, Members, build_groups, stack_group, stackable_layers
 from sstmerge.errors import AdapterError, InputError
 
 
@@ -97,7 +97,7 @@ class CoreSpace:
             if name not in by_name:
                 raise InputError(f"The space holds the adapters {sorted(by_name)}, but not '{name}'.")
             index = self.adapters.index(by_name[name])
-            self._cores[name] = torch.cat([self._group_core(group, index).reshape(-1) for group in self.groups])
+            self._cores[name] = torch.cat([group.core(index).reshape(-1) for group in self.groups])
         return self._cores[name].clone()
 
     def zero(self) -> Tensor:
@@ -181,11 +181,13 @@ class CoreSpace:
         dtype = dtype or common_dtype(self.adapters)
         layers: dict[str, LoraFactors] = {}
         for group, (left, values, right) in zip(self.groups, factored, strict=True):
-            root = values[:, :rank].sqrt()
-            B = group.U.double() @ (left[:, :, :rank] * root[:, None, :])
-            A = (root[:, :, None] * right[:, :rank, :]) @ group.V.double().mT
-            B, A = _pad(B, rank, dim=2).to(dtype), _pad(A, rank, dim=1).to(dtype)
-            layers |= {path: LoraFactors(A=A[i], B=B[i], scaling=1.0) for i, path in enumerate(group.names)}
+            # Layers of lower rank are padded with zeros.
+            root = _pad(values[:, None, :rank].sqrt(), rank)
+            left, right = _pad(left[:, :, :rank], rank) * root, _pad(right[:, :rank].mT, rank) * root
+            B = group.outputs.combine(group.output_transform @ left, dtype)
+            A = group.inputs.combine(group.input_transform @ right, dtype, rows=True)
+            pairs = zip(group.names, A.unbind(), B.unbind(), strict=True)
+            layers |= {path: LoraFactors(A=a, B=b, scaling=1.0) for path, a, b in pairs}
         ordered = {path: layers[path] for path in sorted(layers, key=natural_order)}
         bases = [adapter.base_model for adapter in self.adapters if adapter.base_model]
         return Adapter(
@@ -218,8 +220,9 @@ class CoreSpace:
                 LayerGroup(
                     names=tuple(group.names[i] for i in kept),
                     members=group.members,
-                    U=_gather(group.U[kept], rows),
-                    V=_gather(group.V[kept], columns),
+                    outputs=group.outputs.of_layers(kept),
+                    inputs=group.inputs.of_layers(kept),
+                    scaling=group.scaling[kept],
                     output_transform=_gather(group.output_transform[kept], rows),
                     input_transform=_gather(group.input_transform[kept], columns),
                 )
@@ -239,13 +242,13 @@ class CoreSpace:
         place = {name: (g, i) for g, group in enumerate(self.groups) for i, name in enumerate(group.names)}
         cores = [core.clone() for core in self.split(self.zero())]
         for group, part in zip(other.groups, other.split(vector.double()), strict=True):
+            shared: dict[int, list[tuple[int, int]]] = {}
             for i, name in enumerate(group.names):
-                if name not in place:
-                    continue
-                g, j = place[name]
-                left = self.groups[g].U[j].double().mT @ group.U[i].double()
-                right = group.V[i].double().mT @ self.groups[g].V[j].double()
-                cores[g][j] = left @ part[i] @ right
+                if name in place:
+                    shared.setdefault(place[name][0], []).append((place[name][1], i))
+            for g, pairs in shared.items():
+                here, there = (list(indices) for indices in zip(*pairs, strict=True))
+                cores[g][here] = _change_of_basis(self.groups[g], here, group, there, part[there])
         return self.join(cores)
 
     @property
@@ -305,20 +308,10 @@ class CoreSpace:
             members = tuple((int(index), int(rank)) for index, rank in entry["members"])
             names = tuple(entry["names"])
             _check_members(ordered, members, names)
-            left, right = stack_factors(ordered, members, names)
-            output, input_ = tensors[f"basis.output.{i}"], tensors[f"basis.input.{i}"]
-            groups.append(LayerGroup(names, members, (left @ output).float(), (right @ input_).float(), output, input_))
+            stacked = stack_group(ordered, members, names)
+            transforms = [tensors[f"basis.{side}.{i}"].to(stacked[2].device) for side in ("output", "input")]
+            groups.append(LayerGroup(names, members, *stacked, *transforms))
         return cls(ordered, groups)
-
-    def _group_core(self, group: LayerGroup, index: int) -> Tensor:
-        layers, rows, columns = group.core_shape
-        if index not in {member for member, _ in group.members}:
-            return torch.zeros(layers, rows, columns, dtype=torch.float64)
-        factors = [self.adapters[index].layers[name] for name in group.names]
-        B = torch.stack([f.B for f in factors]).double()
-        A = torch.stack([f.A for f in factors]).double()
-        scaling = torch.tensor([f.scaling for f in factors], dtype=torch.float64)
-        return scaling[:, None, None] * ((group.U.double().mT @ B) @ (A @ group.V.double()))
 
 
 def _check_members(adapters: Sequence[Adapter], members: Members, names: Sequence[str]) -> None:
@@ -344,15 +337,20 @@ def _largest_rank(singular_values: Sequence[Tensor]) -> int:
     return largest
 
 
+def _change_of_basis(to: LayerGroup, here: list[int], group: LayerGroup, there: list[int], cores: Tensor) -> Tensor:
+    """Return U_toᵀ U C Vᵀ V_to for cores (k, R_o, R_i) of some layers of a group, which are other layers of `to`."""
+    if to.members != group.members:
+        raise InputError("One of two spaces of the same adapters must be a part of the other, but they stack others.")
+    left = to.output_transform[here].mT @ to.outputs.gram[here] @ group.output_transform[there]
+    right = to.input_transform[here].mT @ to.inputs.gram[here] @ group.input_transform[there]
+    return left @ cores @ right.mT
+
+
 def _gather(bases: Tensor, columns: Tensor) -> Tensor:
     """Pick columns (L, 1, k) of a batch of matrices (L, n, R)."""
     return bases.gather(2, columns.expand(-1, bases.shape[1], -1)).contiguous()
 
 
-def _pad(factors: Tensor, rank: int, *, dim: int) -> Tensor:
-    missing = rank - factors.shape[dim]
-    if missing <= 0:
-        return factors.contiguous()
-    shape = list(factors.shape)
-    shape[dim] = missing
-    return torch.cat([factors, factors.new_zeros(shape)], dim=dim)
+def _pad(columns: Tensor, count: int) -> Tensor:
+    """Append columns of zeros to a batch of matrices (L, n, k) up to a number of them."""
+    return torch.nn.functional.pad(columns, (0, count - columns.shape[2]))
