@@ -22,11 +22,12 @@ from sstmerge.demo.trade_off import compare_at_equal_safety, draw_trade_off
 from sstmerge.gevp import Spectrum, solve
 from sstmerge.merging import Rule, Selection, merge_cores
 from sstmerge.merging.baselines import dare, task_arithmetic, ties
-from sstmerge.pipeline.calibration import CollectionOptions, Progress, batches_of, collect_pair, no_progress
+from sstmerge.pipeline.calibration import CollectionOptions, batches_of, collect_pair
 from sstmerge.pipeline.evaluate import Evaluation, PromptSets, write_json
 from sstmerge.pipeline.evaluate_job import BASE, core_state, evaluate_states
 from sstmerge.pipeline.merge import MergeResult, finish
 from sstmerge.pipeline.models import load_model, load_tokenizer
+from sstmerge.pipeline.progress import Progress, no_progress
 from sstmerge.pipeline.roles import Roles, load_roles
 from sstmerge.prompts import load_examples
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from sstmerge.evaluation.generate import generate
 from sstmerge.fisher import Batch, Fisher, collect_fisher, installed_taps, reference_points
 from sstmerge.gevp import KroneckerSpectrum, solve
 from sstmerge.merging import ModuleFilter, module_filter
+from sstmerge.pipeline.progress import Progress, no_progress, token_progress
 from sstmerge.prompts import (
     Example,
     completions_missing,
@@ -24,13 +25,6 @@ from sstmerge.prompts import (
     make_batches,
     with_responses,
 )
-
-# Called with what is being done, the number done and the number in all.
-Progress = Callable[[str, int, int], None]
-
-
-def no_progress(what: str, done: int, total: int) -> None:
-    """Report nothing."""
 
 
 @dataclass(frozen=True)
@@ -184,7 +178,7 @@ def collect_pair(
                 basis=basis,
                 seed=options.seed,
                 metadata={"response_tokens": options.response_tokens},
-                progress=lambda done, total, what=what: progress(f"{what} ({options.structure})", done, total),  # type: ignore[misc]
+                progress=token_progress(f"{what} ({options.structure})", batches, progress),
             )
         )
     return fishers[0], fishers[1]

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from sstmerge.adapters import Adapter, CoreSpace
 from sstmerge.errors import InputError
 from sstmerge.fisher import Batch, installed_taps
-from sstmerge.pipeline.calibration import CollectionOptions, Progress, batches_of, no_progress
+from sstmerge.pipeline.calibration import CollectionOptions, batches_of
 from sstmerge.pipeline.evaluate import Evaluation, PromptSets, evaluate_model, measured_kl
+from sstmerge.pipeline.progress import Progress, no_progress
 
 BASE = "base"
 # Makes a context in which the base model behaves as one of the evaluated models.

@@ -13,7 +13,8 @@ from sstmerge.errors import InputError
 from sstmerge.fisher import Fisher, KroneckerBasis, collect_fisher, reference_points
 from sstmerge.fisher.structures import parse_structure
 from sstmerge.gevp import KroneckerSpectrum, solve
-from sstmerge.pipeline.calibration import CollectionOptions, Progress, batches_of, complete, load_all, no_progress
+from sstmerge.pipeline.calibration import CollectionOptions, batches_of, complete, load_all
+from sstmerge.pipeline.progress import Progress, no_progress, token_progress
 
 
 def collect_file(
@@ -74,9 +75,10 @@ def collect_file(
         max_new_tokens=options.completion_tokens,
         progress=progress,
     )
+    batches = batches_of(model, tokenizer, examples, options)
     fisher = collect_fisher(
         model,
-        batches_of(model, tokenizer, examples, options),
+        batches,
         space,
         structure=options.structure,
         labels=labels,
@@ -86,7 +88,7 @@ def collect_file(
         basis=kronecker,
         seed=options.seed,
         metadata={"response_tokens": options.response_tokens},
-        progress=lambda done, total: progress(f"{labels} Fisher ({options.structure})", done, total),
+        progress=token_progress(f"{labels} Fisher ({options.structure})", batches, progress),
     )
     fisher.save(out)
     return fisher

@@ -22,8 +22,8 @@ from sstmerge.merging.methods.aligned_pair import AlignedPair
 from sstmerge.merging.methods.runner import run
 from sstmerge.merging.methods.statistics import FisherStatistics, GainAndCost
 from sstmerge.merging.methods.task import Task, plan
-from sstmerge.pipeline.calibration import Progress, no_progress
 from sstmerge.pipeline.merge import REPORT_FILE
+from sstmerge.pipeline.progress import Progress, no_progress
 from sstmerge.pipeline.roles import AdapterSource
 
 SST = "sst"

@@ -19,8 +19,8 @@ from sstmerge.fisher import Batch, collect_fisher, installed_taps
 from sstmerge.gevp import Spectrum
 from sstmerge.merging import Merge, Rule, Selection, merge_cores
 from sstmerge.merging.sst import report
-from sstmerge.pipeline.calibration import Progress, no_progress
 from sstmerge.pipeline.evaluate import mean_log_likelihood, measured_kl
+from sstmerge.pipeline.progress import Progress, no_progress
 
 
 @dataclass(frozen=True)
