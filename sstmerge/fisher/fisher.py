@@ -167,7 +167,7 @@ class Fisher:
             The value; for K-FAC and EK-FAC that of the approximation.
         """
         if self.structure is Structure.GLOBAL:
-            return float((self.scores() @ vector.float()).double().square().sum())
+            return float((self.statistics["scores"] @ vector.float()).double().square().sum()) / self.tokens
         if self.structure is Structure.DIAGONAL:
             return float((self.diagonal() * vector.square()).sum())
         cores = self.space.split(vector)

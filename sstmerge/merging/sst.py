@@ -204,7 +204,7 @@ def report(
             else {n: int(c) for n, c in zip(space.layer_names, per_layer.tolist(), strict=True) if c}
         ),
         norm_per_layer=dict(zip(space.layer_names, norms.tolist(), strict=True)),
-        spectrum=spectrum.eigenvalues.sort(descending=True).values[:64].tolist(),
+        spectrum=spectrum.eigenvalues.topk(min(64, len(spectrum.eigenvalues))).values.tolist(),
         gain_sequences=effective[0],
         cost_sequences=effective[1],
         warnings=tuple(_warnings(spectrum, scale, effective)),
