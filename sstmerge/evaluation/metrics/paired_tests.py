@@ -100,7 +100,7 @@ def paired_permutation(
     extreme = sum(
         abs(float((1 - 2 * rng.integers(2, size=len(totals))) @ totals)) >= observed for _ in range(permutations)
     )
-    return (1 + extreme) / (1 + permutations)
+    return (1 + int(extreme)) / (1 + permutations)
 
 
 def _all_signs(count: int) -> npt.NDArray[np.int64]:

@@ -115,7 +115,7 @@ def _number_of_seeds(arrays: Mapping[str, Array]) -> int:
             raise DataError(f"The sample '{name}' must have the shape (..., seeds, prompts), got {array.shape}.")
         if not np.isfinite(array.astype(float)).all():
             raise DataError(f"The sample '{name}' holds a number that is not finite; leave such prompts out of all.")
-    seeds = {array.shape[-2] for array in arrays.values()}
+    seeds = {int(array.shape[-2]) for array in arrays.values()}
     if len(seeds) > 1:
         raise DataError(f"All samples need the same seeds, got {sorted(seeds)} of them.")
     return seeds.pop()

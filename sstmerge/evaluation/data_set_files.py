@@ -1,0 +1,187 @@
+"""Rows of a data set, from the hub or from files on this machine, in the formats that repositories really use."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sstmerge.errors import DataError
+from sstmerge.prompt_files import Row, either, numbered_rows
+
+LINES = (".txt", ".all", ".train", ".dev", ".test")
+SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", *LINES)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the rows of a data set are, and what their columns are called.
+
+    Attributes:
+        fields: Our names ("prompt", "response", "label", or a placeholder of a task's template) to the column's.
+        splits: Our split names to the hub's, or to file names; a file name may hold "|" between several known names.
+        hub_id: Data set on the hub; None for files.
+        config: Its configuration.
+        where: Columns and the value that a row must have there.
+        columns: Names of the columns of a .csv or .tsv file without a header, or of lines ("label", "text").
+        member: Name of the list of rows in a .json file that holds an object.
+        encoding: Encoding of a file.
+        labels: Raw labels to the label words of a classification task.
+    """
+
+    fields: Mapping[str, str]
+    splits: Mapping[str, str]
+    hub_id: str | None = None
+    config: str | None = None
+    where: Mapping[str, str] = field(default_factory=dict)
+    columns: tuple[str, ...] = ()
+    member: str | None = None
+    encoding: str = "utf-8-sig"
+    labels: Mapping[str, str] = field(default_factory=dict)
+
+
+def source_rows(source: Source, split: str, *, name: str, data: Path | None) -> Iterator[tuple[str, Row]]:
+    """Read the rows of one split.
+
+    Args:
+        source: Where they are.
+        split: One of the source's splits.
+        name: Name of the data set, for messages.
+        data: A file, or a folder that holds the source's file at any depth; None for the hub.
+
+    Yields:
+        Where a row is from (as "strongreject.csv, row 3"), and the row with our field names, texts stripped.
+
+    Raises:
+        DataError: If the split, the file or a column is not there, or a row is not readable.
+    """
+    if split not in source.splits:
+        raise DataError(f"The data set '{name}' has no split '{split}'; choose one of {sorted(source.splits)}.")
+    if data is None:
+        origin, rows = str(source.hub_id), _hub_rows(source, source.splits[split], name)
+    else:
+        path = _find(data, source.splits[split].split("|"), name)
+        origin, rows = path.name, _file_rows(path, source)
+    for number, row in rows:
+        where = f"{origin}, row {number}"
+        if all(str(row.get(column, "")) == value for column, value in source.where.items()):
+            yield where, _renamed(row, source, where)
+
+
+def _renamed(row: Row, source: Source, where: str) -> Row:
+    missing = [column for column in source.fields.values() if column not in row]
+    if missing:
+        raise DataError(f"{where} has no column {either_or(missing)}; its columns are {sorted(map(str, row))}.")
+    return {
+        name: row[column].strip() if isinstance(row[column], str) else row[column]
+        for name, column in source.fields.items()
+    }
+
+
+def either_or(words: list[str]) -> str:
+    """Return one word, or several as "a, b or c"."""
+    return words[0] if len(words) == 1 else either(words)
+
+
+def _find(data: Path, names: list[str], data_set: str) -> Path:
+    if data.is_file():
+        return data
+    if not data.is_dir():
+        raise DataError(
+            f"'{data}' does not exist; give a file of '{data_set}' or a folder that holds {either_or(names)}."
+        )
+    found = sorted(path for name in names for path in data.rglob(name))
+    if not found:
+        raise DataError(
+            f"The folder '{data}' holds no file {either_or(names)} of the data set '{data_set}'; docs/EVALUATION.md says "
+            "where to get it."
+        )
+    if len(found) > 1:
+        raise DataError(f"The folder '{data}' holds several files of '{data_set}': {found}; name one of them.")
+    return found[0]
+
+
+# ---- hub -----------------------------------------------------------------------------------------------------------
+
+
+def _hub_rows(source: Source, split: str, name: str) -> Iterator[tuple[int, Row]]:
+    import datasets
+
+    if source.hub_id is None:
+        raise DataError(f"The data set '{name}' is not on the hub; docs/EVALUATION.md says where to get its file.")
+    try:
+        rows: Iterable[Row] = datasets.load_dataset(source.hub_id, source.config, split=split)
+    except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
+        raise DataError(
+            f"The data set '{name}' cannot be loaded from the hub as {source.hub_id} (configuration {source.config}, split "
+            f"{split}): {error}. Without a network give a file or a folder."
+        ) from error
+    yield from enumerate(rows, start=1)
+
+
+# ---- files ---------------------------------------------------------------------------------------------------------
+
+
+def _file_rows(path: Path, source: Source) -> Iterator[tuple[int, Row]]:
+    suffix = path.suffix.lower()
+    if suffix in (".jsonl", ".parquet") or (suffix == ".csv" and not source.columns):
+        yield from numbered_rows(str(path), None)[1]
+        return
+    if suffix not in SUFFIXES:
+        raise DataError(f"{path.name} is no data set file: expected a {either(SUFFIXES)} file.")
+    try:
+        text = path.read_text(encoding=source.encoding)
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path.name} is not {source.encoding} text ({error.reason} at byte {error.start}); save it as UTF-8."
+        ) from error
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error}.") from error
+    if suffix == ".json":
+        yield from enumerate(_json_rows(text, path.name, source.member), start=1)
+    elif suffix in (".csv", ".tsv"):
+        yield from _table_rows(text, suffix, source.columns)
+    else:
+        yield from _line_rows(text, source.columns or ("prompt",))
+
+
+def _json_rows(text: str, name: str, member: str | None) -> Iterator[Row]:
+    """Yield the rows of a list of objects or of texts."""
+    try:
+        content = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{name} is not valid JSON: {error.msg} in line {error.lineno}.") from error
+    if member is not None:
+        if not isinstance(content, dict) or member not in content:
+            raise DataError(f'{name} must hold an object with a list "{member}", got {_kind(content)}.')
+        content = content[member]
+    if not isinstance(content, list):
+        raise DataError(f"{name} must hold a list of rows or of texts, got {_kind(content)}.")
+    for row in content:
+        if not isinstance(row, dict | str):
+            raise DataError(f"{name}: a row must be an object or a text, got {type(row).__name__}.")
+        yield {"prompt": row} if isinstance(row, str) else row
+
+
+def _kind(content: Any) -> str:
+    return f"an object with {sorted(content)}" if isinstance(content, dict) else type(content).__name__
+
+
+def _table_rows(text: str, suffix: str, columns: tuple[str, ...]) -> Iterator[tuple[int, Row]]:
+    # Tab-separated files quote nothing; a lone quotation mark is a quotation mark.
+    style: dict[str, Any] = {} if suffix == ".csv" else {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
+    lines = (line + "\n" for line in text.split("\n") if line.strip())
+    # A cell that is not there has no column rather than the value None.
+    for number, row in enumerate(csv.DictReader(lines, fieldnames=columns or None, **style), start=1):
+        yield number, {str(key): value for key, value in row.items() if value is not None}
+
+
+def _line_rows(text: str, columns: tuple[str, ...]) -> Iterator[tuple[int, Row]]:
+    # Not splitlines(): these files hold other characters that it takes for ends of lines. Some hold labels without a text.
+    for number, line in enumerate(text.split("\n"), start=1):
+        cells = line.split(maxsplit=len(columns) - 1)
+        if len(cells) == len(columns):
+            yield number, dict(zip(columns, cells, strict=True))
