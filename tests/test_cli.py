@@ -219,4 +219,16 @@ def test_the_application_lists_every_command():
     from sstmerge.cli import data_commands, demo_command, fisher_command, merge_commands, method_commands  # noqa: F401
 
     names = {command.name or command.callback.__name__ for command in cli_app.registered_commands}
-    assert names == {"merge", "methods", "fisher", "curve", "inspect", "evaluate", "check", "doctor", "demo"}
+    assert names == {
+        "merge",
+        "methods",
+        "fisher",
+        "curve",
+        "inspect",
+        "evaluate",
+        "check",
+        "verify",
+        "doctor",
+        "demo",
+        "sketch",
+    }

@@ -134,7 +134,7 @@ def test_adapters_and_a_role_are_missing(monkeypatch, tmp_path, capsys):
 
 
 def test_methods_lists_all_and_shows_one(monkeypatch, capsys):
-    console = importlib.import_module("sstmerge.cli.app").console
+    console = importlib.import_module("sstmerge.cli.reporting").console
     monkeypatch.setattr(console, "width", 200)  # COLUMNS is read when the console is made
     assert run(monkeypatch, "methods") == 0
     listed = capsys.readouterr().out

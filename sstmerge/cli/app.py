@@ -1,19 +1,16 @@
-"""The typer application, its configuration files, progress bars and error handling."""
+"""The typer application, its configuration files and error handling."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-import yaml
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from sstmerge.errors import InputError, SSTMergeError
+from sstmerge.cli.configuration import read_yaml
+from sstmerge.cli.reporting import log_as_json, show_error
+from sstmerge.errors import InputError, Interrupted, SSTMergeError
 
 app = typer.Typer(
     name="sstmerge",
@@ -22,8 +19,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-console = Console()
-error_console = Console(stderr=True)
 
 
 def main() -> None:
@@ -31,15 +26,50 @@ def main() -> None:
     # Commands register themselves on import.
     from sstmerge.cli import data_commands, demo_command, fisher_command, merge_commands, method_commands  # noqa: F401
 
+    log_as_json(False)
+    common = typer.Typer(add_completion=False)
+    common.command()(_flags_of_all)
+    command: Any = typer.main.get_command(app)
+    for subcommand in command.commands.values():
+        subcommand.params.extend(p for p in typer.main.get_command(common).params if p.name == "log_json")
     try:
-        app()
+        command()
     except SSTMergeError as error:
-        error_console.print(f"[bold red]Error:[/] {_escaped(str(error))}", highlight=False, soft_wrap=True)
+        if not getattr(error, "reported", False):  # by another process of the run
+            show_error(str(error))
+        sys.exit(128 + error.signal if isinstance(error, Interrupted) else 2)
+    except Exception as error:
+        sentence = _lack_of_resources(error)
+        if sentence is None:
+            raise
+        show_error(sentence)
         sys.exit(2)
 
 
-def _escaped(text: str) -> str:
-    return text.replace("[", "\\[")
+def _flags_of_all(
+    log_json: Annotated[
+        bool,
+        typer.Option(
+            "--log-json",
+            expose_value=False,
+            callback=log_as_json,
+            help="Write progress, warnings and errors to stderr as JSON, one object per line.",
+        ),
+    ] = False,
+) -> None:
+    """Declare the flags that every command has, without being parameters of its function."""
+
+
+def _lack_of_resources(error: Exception) -> str | None:
+    """Say what the machine could not give; None for any other error, which is a bug and keeps its traceback."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate" in str(error):
+        return (
+            f"The memory is used up ({error or 'MemoryError'}). Choose a smaller --structure (kfac), fewer rows (--limit), "
+            "fewer --tokens-per-batch, or --module-share."
+        )
+    if isinstance(error, OSError):
+        return f"A file cannot be used: {error}."
+    return None
 
 
 def load_config(context: typer.Context, path: Path | None) -> Path | None:
@@ -57,10 +87,7 @@ def load_config(context: typer.Context, path: Path | None) -> Path | None:
     """
     if path is None:
         return None
-    try:
-        content = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"The configuration '{path}' cannot be read as YAML: {error}") from error
+    content = read_yaml(path)
     if not isinstance(content, dict):
         raise InputError(f"The configuration '{path}' must be a mapping of flags to values, such as `top: 8`.")
     flags = {name.lstrip("-"): p for p in context.command.params for name in p.opts if name.startswith("--")}
@@ -69,15 +96,22 @@ def load_config(context: typer.Context, path: Path | None) -> Path | None:
         parameter = flags.get(str(key).replace("_", "-"))
         if parameter is None or parameter.name is None:
             raise InputError(f"The configuration '{path}' has the key '{key}', which is no flag: {sorted(flags)}.")
-        values[parameter.name] = _as_flag_value(value, multiple=getattr(parameter, "multiple", False))
+        if value is not None:
+            values[parameter.name] = _as_flag_value(
+                value, str(key), path, multiple=getattr(parameter, "multiple", False)
+            )
     context.default_map = {**(context.default_map or {}), **values}
     return path
 
 
-def _as_flag_value(value: Any, *, multiple: bool) -> Any:
-    if multiple:
-        return [str(v) for v in value] if isinstance(value, list) else [str(value)]
-    return str(value) if isinstance(value, Path) else value
+def _as_flag_value(value: Any, key: str, path: Path, *, multiple: bool) -> Any:
+    """Return a value in the form in which it would come from the command line: text, or a list of texts."""
+    listed = value if isinstance(value, list) else [value]
+    if not all(isinstance(item, str) for item in listed) or (isinstance(value, list) and not multiple):
+        raise InputError(
+            f"The configuration '{path}' gives '{key}' a value that is no {'list of ' * multiple}plain text."
+        )
+    return listed if multiple else value
 
 
 ConfigOption = Annotated[
@@ -90,31 +124,6 @@ ConfigOption = Annotated[
         show_default=False,
     ),
 ]
-
-
-@contextmanager
-def progress_bars() -> Iterator[Any]:
-    """Show one bar per kind of work; yields a function of what is done, how much, and how much there is.
-
-    Yields:
-        The function.
-    """
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=error_console, transient=False) as bars:
-        tasks: dict[str, Any] = {}
-
-        def report(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                tasks[what] = bars.add_task(what, total=total)
-            bars.update(tasks[what], completed=done, total=total)
-
-        yield report
 
 
 def parse_named(values: list[str] | None, option: str, form: str = "NAME=DIR") -> dict[str, str]:

@@ -8,14 +8,17 @@ from typing import Annotated
 
 import typer
 
-from sstmerge.cli.app import ConfigOption, app, console, fail_on, parse_named, progress_bars
+from sstmerge.cli.app import ConfigOption, app, fail_on, parse_named
 from sstmerge.cli.merge_commands import Device, Dtype, Limit, Overwrite, Quantization, Safety, Split, Utility
+from sstmerge.cli.recording import recorded
+from sstmerge.cli.reporting import console, progress_bars
 
 Prompts = Annotated[Path | None, typer.Option(show_default=False)]
 
 
 @app.command()
 def evaluate(
+    context: typer.Context,
     base: Annotated[str, typer.Option("--base", help="Base model: directory or hub id.")],
     adapter: Annotated[
         list[str] | None, typer.Option("--adapter", help="NAME=DIR of every adapter to evaluate; repeatable.")
@@ -64,7 +67,7 @@ def evaluate(
     )
     model, tokenizer = load_model(base, dtype=dtype, device=device, quantization=quantization), load_tokenizer(base)
     states = {name: adapter_state(model, a) for name, a in {BASE: None, **adapters}.items()}
-    with progress_bars() as progress:
+    with recorded(context, out), progress_bars() as progress:
         evaluations = evaluate_states(
             model,
             tokenizer,
@@ -77,14 +80,16 @@ def evaluate(
             batch_size=batch_size,
             progress=progress,
         )
+        if out is not None:
+            write_json([evaluation.to_json() for evaluation in evaluations], out)
     console.print(table(evaluations))
     if out is not None:
-        write_json([evaluation.to_json() for evaluation in evaluations], out)
         console.print(f"Wrote {out}")
 
 
 @app.command()
 def check(
+    context: typer.Context,
     base: Annotated[str, typer.Option("--base", help="Base model: directory or hub id.")],
     safety: Safety,
     harm: Annotated[list[Path], typer.Option("--harm", help="Harmful prompts with refusals.")],
@@ -113,7 +118,7 @@ def check(
     sets = load_all(harm, split=split, limit=limit), load_all(benign, split=split, limit=limit)
     model, tokenizer = load_model(base, dtype=dtype, device=device, quantization=quantization), load_tokenizer(base)
     done, total = 0, len(named) * sum(map(len, sets))
-    with progress_bars() as progress:
+    with recorded(context, out), progress_bars() as progress:
 
         def advance(count: int) -> None:
             nonlocal done
@@ -133,9 +138,10 @@ def check(
 
         utilities = [name for name in named if name != "safety"]
         found = run_check(*sets, safety="safety", utilities=utilities, generate_with=generate_with)
+        if out is not None:
+            write_json(found.to_json(), out)
     console.print(found.table())
     if out is not None:
-        write_json(found.to_json(), out)
         console.print(f"Wrote {out}")
 
 
@@ -154,6 +160,24 @@ def inspect_command(
         return
     for table in inspect(path):
         console.print(table)
+
+
+@app.command()
+def verify(
+    path: Annotated[Path, typer.Argument(help="File or directory that a command wrote with --out.")],
+    inputs: Annotated[bool, typer.Option("--inputs", help="Compare the inputs with their hashes, too.")] = False,
+) -> None:
+    """Check an output against its manifest; exit code 1 and a line per file where something differs."""
+    from sstmerge.pipeline.manifest import manifest_path, read_manifest
+    from sstmerge.pipeline.manifest import verify as compare
+
+    differences = compare(path, inputs=inputs)
+    for difference in differences:
+        console.print(f"{difference.file} {difference.words}", markup=False, highlight=False, soft_wrap=True)
+    if differences:
+        raise typer.Exit(1)
+    files = len(read_manifest(path)["outputs"])
+    console.print(f"{path}: {files} file(s) as {manifest_path(path).name} says.", markup=False, soft_wrap=True)
 
 
 @app.command()

@@ -7,12 +7,15 @@ from typing import Annotated
 
 import typer
 
-from sstmerge.cli.app import app, console, progress_bars
+from sstmerge.cli.app import app
 from sstmerge.cli.merge_commands import Device, Dtype, Overwrite, Seed
+from sstmerge.cli.recording import recorded
+from sstmerge.cli.reporting import console, progress_bars
 
 
 @app.command()
 def demo(
+    context: typer.Context,
     out: Annotated[
         Path, typer.Option("--out", help="Directory for the table, the picture and the merged adapter.")
     ] = Path("demo-output"),
@@ -32,7 +35,7 @@ def demo(
     from sstmerge.demo.run import run_demo
     from sstmerge.pipeline.evaluate import table
 
-    with progress_bars() as progress:
+    with recorded(context, out), progress_bars() as progress:
         result = run_demo(
             out,
             base=base,

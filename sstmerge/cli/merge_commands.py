@@ -8,8 +8,10 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from sstmerge.cli.app import ConfigOption, app, console, error_console, fail_on, progress_bars
+from sstmerge.cli.app import ConfigOption, app, fail_on
 from sstmerge.cli.method_commands import METHOD_ONLY, SST, merge_by_method, refuse_flags
+from sstmerge.cli.recording import recorded
+from sstmerge.cli.reporting import console, progress_bars, warn
 from sstmerge.errors import InputError
 
 Base = Annotated[str | None, typer.Option("--base", help="Base model: directory or hub id.")]
@@ -82,8 +84,12 @@ def merge(
     utility_weight: UtilityWeight = None,
     harm: Annotated[list[Path] | None, typer.Option("--harm", help="Harmful prompts with refusals (JSONL).")] = None,
     benign: Annotated[list[Path] | None, typer.Option("--benign", help="Benign prompts (JSONL).")] = None,
-    gain: Annotated[Path | None, typer.Option("--gain", help="Fisher or sketch of harmful prompts, instead of --harm.")] = None,
-    cost: Annotated[Path | None, typer.Option("--cost", help="Fisher or sketch of benign prompts, instead of --benign.")] = None,
+    gain: Annotated[
+        Path | None, typer.Option("--gain", help="Fisher or sketch of harmful prompts, instead of --harm.")
+    ] = None,
+    cost: Annotated[
+        Path | None, typer.Option("--cost", help="Fisher or sketch of benign prompts, instead of --benign.")
+    ] = None,
     rule: Rule = "project",
     scale: Scale = None,
     top: Top = None,
@@ -173,7 +179,8 @@ def merge(
         fail_on(gain is None or cost is None, "--gain and --cost belong together; give both Fisher files.")
         fail_on(bool(base or harm or benign), "Give --gain and --cost, or --base with --harm and --benign, not both.")
         fail_on(rule == "refit", "The rule 'refit' evaluates the model; give --base, --harm and --benign.")
-        result = job.merge_from_fishers(gain, cost, **shared, **finishing)  # type: ignore[arg-type]
+        with recorded(context, out):
+            result = job.merge_from_fishers(gain, cost, **shared, **finishing)  # type: ignore[arg-type]
     else:
         fail_on(
             not (base and harm and benign),
@@ -182,7 +189,7 @@ def merge(
         if dry_run:
             console.print(plan_merge(base, harm, benign, options, split=split, limit=limit, out=out, **shared))  # type: ignore[arg-type]
             return
-        with progress_bars() as progress:
+        with recorded(context, out), progress_bars() as progress:
             result = job.merge(
                 load_model(base, dtype=dtype, device=device, quantization=quantization),  # type: ignore[arg-type]
                 tokenizer=load_tokenizer(base),  # type: ignore[arg-type]
@@ -197,12 +204,13 @@ def merge(
             )
     console.print(report_table(result))
     for sentence in result.merge.report.warnings:
-        error_console.print(f"Warning: {sentence}", soft_wrap=True)
+        warn(sentence)
     console.print(f"Wrote {out}")
 
 
 @app.command()
 def curve(
+    context: typer.Context,
     gain: Annotated[Path, typer.Option("--gain", help="Fisher or sketch of harmful prompts.")],
     cost: Annotated[Path, typer.Option("--cost", help="Fisher or sketch of benign prompts.")],
     safety: Safety,
@@ -232,23 +240,24 @@ def curve(
     from sstmerge.pipeline.curve import trade_off_curve
 
     fail_on((budgets is None) == (scales is None), "Give either --budgets or --scales.")
-    points = trade_off_curve(
-        gain,
-        cost,
-        utility=utility or [],
-        safety=safety,
-        utility_weights=utility_weight or None,
-        budgets=_numbers(budgets, "--budgets"),
-        scales=_numbers(scales, "--scales"),
-        rule=rule,
-        selection=Selection(top=top, fraction=fraction, energy=energy, mu=mu),
-        damping=damping,
-        out=out,
-        rank=rank,
-        write_adapters=write_adapters,
-        ignore_base_name=ignore_base_name,
-        overwrite=overwrite,
-    )
+    with recorded(context, out):
+        points = trade_off_curve(
+            gain,
+            cost,
+            utility=utility or [],
+            safety=safety,
+            utility_weights=utility_weight or None,
+            budgets=_numbers(budgets, "--budgets"),
+            scales=_numbers(scales, "--scales"),
+            rule=rule,
+            selection=Selection(top=top, fraction=fraction, energy=energy, mu=mu),
+            damping=damping,
+            out=out,
+            rank=rank,
+            write_adapters=write_adapters,
+            ignore_base_name=ignore_base_name,
+            overwrite=overwrite,
+        )
     table = Table("method", "scale", "directions", "predicted KL", "gain kept", "predicted gain")
     for point in points:
         table.add_row(

@@ -8,7 +8,9 @@ from typing import Annotated, Any
 
 import typer
 
-from sstmerge.cli.app import app, console, fail_on, parse_named, progress_bars
+from sstmerge.cli.app import app, fail_on, parse_named
+from sstmerge.cli.recording import recorded
+from sstmerge.cli.reporting import console, progress_bars
 
 SST = "sst"
 # Flags of `merge` that only methods other than sst take, and all that these take.
@@ -70,7 +72,7 @@ def merge_by_method(context: typer.Context) -> None:
     if given["dry_run"]:
         console.print(plan_table(plan_adapters(**arguments), given["out"]))
         return
-    with progress_bars() as progress:
+    with recorded(context, given["out"]), progress_bars() as progress:
         merged = merge_adapters(**arguments, out=given["out"], overwrite=given["overwrite"], progress=progress)
     rank = next(iter(merged.layers.values())).rank
     dtype = str(merged.dtype).removeprefix("torch.")

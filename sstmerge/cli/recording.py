@@ -1,0 +1,96 @@
+"""The manifest of a command: its inputs are hashed before the work, its outputs after."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from sstmerge.cli.reporting import log_event
+
+# Parameters whose values are paths or hub ids, some in the form NAME=PATH.
+_INPUTS = (
+    *("base", "adapter", "utility", "safety", "harm", "benign", "gain", "cost", "data", "basis", "like", "config"),
+    *("fisher_file", "aligned", "harmful", "borderline", "utility_tasks"),
+)
+
+
+@contextmanager
+def recorded(context: typer.Context, out: Path | None) -> Iterator[None]:
+    """Write the manifest of what the block makes.
+
+    Args:
+        context: The command's context.
+        out: The output; None where nothing is written.
+
+    Yields:
+        Nothing.
+    """
+    from sstmerge.pipeline.manifest import write_manifest
+
+    started, clock = datetime.now(UTC).isoformat(timespec="seconds"), time.monotonic()
+    log_event("started", command=sys.argv)
+    inputs = {} if out is None else {path: _described(path) for path in _inputs(context.params)}
+    yield
+    if out is not None:
+        manifest = write_manifest(
+            out,
+            command=["sstmerge", *sys.argv[1:]],
+            parameters={name: _plain(value) for name, value in context.params.items()},
+            inputs={path: _hub_commit(path) if files is None else files for path, files in inputs.items()},
+            started=started,
+            seconds=time.monotonic() - clock,
+        )
+        log_event("wrote", output=str(out), manifest=str(manifest))
+    log_event("finished", seconds=time.monotonic() - clock, command=shlex.join(sys.argv[1:]))
+
+
+def _inputs(parameters: Mapping[str, Any]) -> list[str]:
+    """Return the paths and hub ids that a command reads."""
+    given = (parameters.get(name) for name in _INPUTS)
+    listed = [item for value in given for item in (value if isinstance(value, list | tuple) else [value])]
+    return list(dict.fromkeys(_path_of(str(item)) for item in listed if item is not None and str(item)))
+
+
+def _path_of(value: str) -> str:
+    """Return the path of NAME=PATH, or of FILE::SPLIT."""
+    name, separator, path = value.partition("=")
+    value = path if separator and name and path else value
+    return value.partition("::")[0]
+
+
+def _described(path: str) -> Any:
+    from sstmerge.pipeline.manifest import LARGEST_HASHED_INPUT, describe
+
+    try:
+        if not Path(path).exists():
+            return None
+    except (OSError, ValueError):  # no name that a file could have; the command says so
+        return None
+    return describe(path, largest=LARGEST_HASHED_INPUT, deep=False)
+
+
+def _hub_commit(name: str) -> dict[str, str | None]:
+    """Return which commit of a hub repository was used, as far as the cache knows."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        cached = [try_to_load_from_cache(name, file) for file in ("config.json", "adapter_config.json")]
+    except HFValidationError:
+        return {"hub_commit": None}
+    found = next((Path(file) for file in cached if isinstance(file, str)), None)
+    return {"hub_commit": None if found is None else found.parent.name}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value if isinstance(value, str | int | float | bool | None) else str(value)
