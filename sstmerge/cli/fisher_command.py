@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from sstmerge.cli.app import ConfigOption, app, console, fail_on, parse_named, progress_bars
+from sstmerge.cli.app import ConfigOption, app, fail_on, parse_named
 from sstmerge.cli.merge_commands import (
     Device,
     Draws,
@@ -24,10 +24,21 @@ from sstmerge.cli.merge_commands import (
     TokensPerBatch,
     WeightSharing,
 )
+from sstmerge.cli.reporting import console
+from sstmerge.cli.running import (
+    CheckpointBatches,
+    Checkpointing,
+    CheckpointMinutes,
+    Launch,
+    Restart,
+    in_processes,
+    running,
+)
 
 
 @app.command()
 def fisher(
+    context: typer.Context,
     base: Annotated[str, typer.Option("--base", help="Base model: directory or hub id.")],
     adapter: Annotated[list[str], typer.Option("--adapter", help="NAME=DIR of every adapter of the later merge.")],
     data: Annotated[list[Path], typer.Option("--data", help="Prompt file (JSONL); repeatable.")],
@@ -55,12 +66,19 @@ def fisher(
     quantization: Quantization = None,
     seed: Seed = 0,
     ignore_base_name: IgnoreBaseName = False,
+    launch: Launch = None,
+    checkpoint: Checkpointing = True,
+    checkpoint_minutes: CheckpointMinutes = 5.0,
+    checkpoint_batches: CheckpointBatches = None,
+    restart: Restart = False,
     overwrite: Overwrite = False,
     config: ConfigOption = None,
 ) -> None:
     """Collect one Fisher and save it, to be used by any number of merges."""
+    in_processes(launch)
     from sstmerge.pipeline.calibration import CollectionOptions
     from sstmerge.pipeline.fisher_job import collect_file
+    from sstmerge.pipeline.launch import own_device
     from sstmerge.pipeline.models import load_model, load_tokenizer
 
     fail_on(out.exists() and not overwrite, f"'{out}' exists already; choose another name or pass --overwrite.")
@@ -76,7 +94,8 @@ def fisher(
         seed=seed,
     )
     adapters = parse_named(adapter, "--adapter")
-    with progress_bars() as progress:
+    device = device or own_device()
+    with running(context, out) as (run, progress):
         collected = collect_file(
             lambda: (load_model(base, dtype=dtype, device=device, quantization=quantization), load_tokenizer(base)),
             adapters,
@@ -90,6 +109,7 @@ def fisher(
             limit=limit,
             ignore_base_name=ignore_base_name,
             progress=progress,
+            run=run,
         )
     counts = collected.counts
     console.print(

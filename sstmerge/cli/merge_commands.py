@@ -11,7 +11,17 @@ from rich.table import Table
 from sstmerge.cli.app import ConfigOption, app, fail_on
 from sstmerge.cli.method_commands import METHOD_ONLY, SST, merge_by_method, refuse_flags
 from sstmerge.cli.recording import recorded
-from sstmerge.cli.reporting import console, progress_bars, warn
+from sstmerge.cli.reporting import console, warn
+from sstmerge.cli.running import (
+    RUNNING_ONLY,
+    CheckpointBatches,
+    Checkpointing,
+    CheckpointMinutes,
+    Launch,
+    Restart,
+    in_processes,
+    running,
+)
 from sstmerge.errors import InputError
 
 Base = Annotated[str | None, typer.Option("--base", help="Base model: directory or hub id.")]
@@ -125,6 +135,11 @@ def merge(
     seed: Seed = 0,
     stability: Annotated[bool, typer.Option(help="Solve the split halves too and report their agreement.")] = True,
     ignore_base_name: IgnoreBaseName = False,
+    launch: Launch = None,
+    checkpoint: Checkpointing = True,
+    checkpoint_minutes: CheckpointMinutes = 5.0,
+    checkpoint_batches: CheckpointBatches = None,
+    restart: Restart = False,
     overwrite: Overwrite = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and its cost; load no weights.")] = False,
     config: ConfigOption = None,
@@ -141,6 +156,7 @@ def merge(
     from sstmerge.merging import Selection
     from sstmerge.pipeline import merge as job
     from sstmerge.pipeline.calibration import CollectionOptions
+    from sstmerge.pipeline.launch import own_device
     from sstmerge.pipeline.models import load_model, load_tokenizer
     from sstmerge.pipeline.plan import plan_merge
 
@@ -179,6 +195,7 @@ def merge(
         fail_on(gain is None or cost is None, "--gain and --cost belong together; give both Fisher files.")
         fail_on(bool(base or harm or benign), "Give --gain and --cost, or --base with --harm and --benign, not both.")
         fail_on(rule == "refit", "The rule 'refit' evaluates the model; give --base, --harm and --benign.")
+        refuse_flags(context, RUNNING_ONLY, "belong to the collection of Fishers; --gain and --cost are collected")
         with recorded(context, out):
             result = job.merge_from_fishers(gain, cost, **shared, **finishing)  # type: ignore[arg-type]
     else:
@@ -189,9 +206,10 @@ def merge(
         if dry_run:
             console.print(plan_merge(base, harm, benign, options, split=split, limit=limit, out=out, **shared))  # type: ignore[arg-type]
             return
-        with recorded(context, out), progress_bars() as progress:
+        in_processes(launch)
+        with running(context, out) as (run, progress):
             result = job.merge(
-                load_model(base, dtype=dtype, device=device, quantization=quantization),  # type: ignore[arg-type]
+                load_model(base, dtype=dtype, device=device or own_device(), quantization=quantization),  # type: ignore[arg-type]
                 tokenizer=load_tokenizer(base),  # type: ignore[arg-type]
                 harm=harm,  # type: ignore[arg-type]
                 benign=benign,  # type: ignore[arg-type]
@@ -199,9 +217,12 @@ def merge(
                 split=split,
                 limit=limit,
                 progress=progress,
+                run=run,
                 **shared,
                 **finishing,
             )
+        if not run.ranks.first:
+            return
     console.print(report_table(result))
     for sentence in result.merge.report.warnings:
         warn(sentence)

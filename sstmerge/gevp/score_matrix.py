@@ -21,13 +21,14 @@ class ScoreMatrix:
         self._sums = fisher.statistics["scores"]
         self._root = math.sqrt(fisher.tokens)
 
-    def gram(self, other: ScoreMatrix) -> Tensor:
-        """Return G Hᵀ (n, m), float64."""
-        total = self._sums.new_zeros(len(self._sums), len(other._sums), dtype=torch.float64)
-        rows = max(total.shape)
-        for left, right in zip(self._chunks(rows), other._chunks(rows), strict=True):
-            total.addmm_(left, right.mT)
-        return total
+    def grams(self, other: ScoreMatrix) -> tuple[Tensor, Tensor, Tensor]:
+        """Return G Gᵀ (n, n), G Hᵀ (n, m) and H Hᵀ (m, m), float64, in one pass over both."""
+        n, m = len(self._sums), len(other._sums)
+        totals = [self._sums.new_zeros(shape, dtype=torch.float64) for shape in ((n, n), (n, m), (m, m))]
+        for left, right in zip(self._chunks(max(n, m)), other._chunks(max(n, m)), strict=True):
+            for total, (a, b) in zip(totals, ((left, left), (left, right), (right, right)), strict=True):
+                total.addmm_(a, b.mT)
+        return totals[0], totals[1], totals[2]
 
     def times(self, vector: Tensor) -> Tensor:
         """Return G φ (n,), float64, for φ of shape (D,)."""

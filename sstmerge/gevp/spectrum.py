@@ -21,7 +21,10 @@ from torch import Tensor
 from sstmerge.adapters import CoreSpace
 from sstmerge.errors import FisherError, InputError, SolverError
 from sstmerge.fisher import Fisher, KroneckerBasis, Structure
-from sstmerge.ops import GeneralizedEigh, default_device, generalized_eigh_mixed
+from sstmerge.fisher.distributed import Ranks
+from sstmerge.gevp.score_matrix import ScoreMatrix
+from sstmerge.gevp.shared_solve import solve_batches
+from sstmerge.ops import default_device, filter_cores
 
 # Relative damping where the user gives none. `global` needs the most: its F_cost is zero outside the span of the samples,
 # where any λ would be a guess. The experiments behind these values are in dev/LOG.md.
@@ -32,8 +35,6 @@ DEFAULT_DAMPING = {
     Structure.BLOCK: 1e-2,
     Structure.GLOBAL: 1e-2,
 }
-# Columns of score matrices that are converted to float64 at once.
-_COLUMNS_PER_CHUNK = 2**16
 
 
 class Spectrum(ABC):
@@ -86,6 +87,9 @@ class Spectrum(ABC):
         if bool((weights == rest).all()):
             # The identity (or zero) is applied as such, without the rounding of a change of basis.
             return rest * vector
+        return self._filtered(vector, weights, rest)
+
+    def _filtered(self, vector: Tensor, weights: Tensor, rest: float) -> Tensor:
         coordinates = self.coordinates(vector)
         if rest == 0.0 or self.complete:
             return self.combine(weights * coordinates)
@@ -117,7 +121,7 @@ class KroneckerSpectrum(Spectrum):
         basis: The directions, (P, Q) per group, which `ekfac` refits its eigenvalues in.
     """
 
-    def __init__(self, gain: Fisher, cost: Fisher, damping: float, device: torch.device) -> None:
+    def __init__(self, gain: Fisher, cost: Fisher, damping: float, device: torch.device, ranks: Ranks) -> None:
         pairs, names = [], []
         for group, (X_g, D_g), (X_c, D_c) in zip(
             gain.space.groups, gain.kronecker_factors(), cost.kronecker_factors(), strict=True
@@ -125,11 +129,10 @@ class KroneckerSpectrum(Spectrum):
             for side, F_g, F_c in (("input covariance", X_g, X_c), ("output-gradient covariance", D_g, D_c)):
                 pairs.append((F_g, _damp(F_c, damping**0.5, group.names, side)))
                 names.append([f"{name} ({side})" for name in group.names])
-        solutions = _solve_all(pairs, names, device)
+        solutions = solve_batches(pairs, names, device, ranks)
+        self._metrics = [(X_c, D_c) for (_, X_c), (_, D_c) in zip(pairs[::2], pairs[1::2], strict=True)]
         P, Q, self._inverse_P, self._inverse_Q, products = [], [], [], [], []
-        for inputs, outputs, (_, X_c), (_, D_c) in zip(
-            solutions[::2], solutions[1::2], pairs[::2], pairs[1::2], strict=True
-        ):
+        for inputs, outputs, (X_c, D_c) in zip(solutions[::2], solutions[1::2], self._metrics, strict=True):
             P.append(inputs.eigenvectors)
             Q.append(outputs.eigenvectors)
             # From Pᵀ X_c P = I: P⁻¹ = Pᵀ X_c.
@@ -150,6 +153,12 @@ class KroneckerSpectrum(Spectrum):
     def pull_back(self, gradient: Tensor) -> Tensor:  # noqa: D102 (inherited)
         cores = zip(self.space.split(gradient), self.basis.P, self.basis.Q, strict=True)
         return self.space.join([Q.mT @ core @ P for core, P, Q in cores])
+
+    def _filtered(self, vector: Tensor, weights: Tensor, rest: float) -> Tensor:
+        parts = zip(
+            self.space.split(vector), self.basis.Q, self.basis.P, self._metrics, self.space.split(weights), strict=True
+        )
+        return self.space.join([filter_cores(core, Q, D_c, P, X_c, w) for core, Q, P, (X_c, D_c), w in parts])
 
 
 class EigenvalueCorrectedSpectrum(Spectrum):
@@ -181,11 +190,11 @@ class EigenvalueCorrectedSpectrum(Spectrum):
 class BlockSpectrum(Spectrum):
     """`block`: one problem of size R_o R_i per layer."""
 
-    def __init__(self, gain: Fisher, cost: Fisher, damping: float, device: torch.device) -> None:
+    def __init__(self, gain: Fisher, cost: Fisher, damping: float, device: torch.device, ranks: Ranks) -> None:
         self._vectors, self._duals, values = [], [], []
         for group, F_g, F_c in zip(gain.space.groups, gain.blocks(), cost.blocks(), strict=True):
             damped = _damp(F_c, damping, group.names, "block")
-            (solution,) = _solve_all([(F_g, damped)], [[f"{name} (block)" for name in group.names]], device)
+            (solution,) = solve_batches([(F_g, damped)], [[f"{name} (block)" for name in group.names]], device, ranks)
             self._vectors.append(solution.eigenvectors)
             self._duals.append(solution.eigenvectors.mT @ damped)
             values.append(solution.eigenvalues.unflatten(1, group.core_shape[1:]))
@@ -217,15 +226,15 @@ class GlobalSpectrum(Spectrum):
     """
 
     def __init__(self, gain: Fisher, cost: Fisher, damping: float) -> None:
-        G_g, G_c = gain.scores(), cost.scores()
-        K_cc, K_cg, K_gg = _gram(G_c, G_c), _gram(G_c, G_g), _gram(G_g, G_g)
+        self._G_g, self._G_c = ScoreMatrix(gain), ScoreMatrix(cost)
+        K_cc, K_cg, K_gg = self._G_c.grams(self._G_g)
         shift: float = damping * float(K_cc.trace()) / len(K_cc)
         if not shift > 0:
             raise SolverError(
                 "The global cost matrix is zero or its damping is: F_cost has rank n at most, so it needs damping > 0 "
                 "and benign sequences with nonzero scores."
             )
-        identity = torch.eye(len(K_cc), dtype=torch.float64)
+        identity = torch.eye(len(K_cc), dtype=torch.float64, device=K_cc.device)
         factor, info = torch.linalg.cholesky_ex(K_cc + shift * identity)
         if int(info) != 0:
             raise SolverError(
@@ -243,22 +252,21 @@ class GlobalSpectrum(Spectrum):
         self._gain_coefficients = scaled  # v = (G_gᵀ α + G_cᵀ β) / shift, α (n_g, m)
         self._cost_coefficients = -solved @ scaled  # β (n_c, m)
         self._shift = shift
-        self._G_g, self._G_c = G_g, G_c
 
     def coordinates(self, vector: Tensor) -> Tensor:  # noqa: D102 (inherited)
         # v_iᵀ M φ = a_iᵀ G_g φ / √λ_i, because M v_i = G_gᵀ a_i / √λ_i.
-        coordinates: Tensor = self._gain_coefficients.mT @ _product(self._G_g, vector)
+        coordinates: Tensor = self._gain_coefficients.mT @ self._G_g.times(vector)
         return coordinates
 
     def combine(self, coordinates: Tensor) -> Tensor:  # noqa: D102 (inherited)
-        gain = _transposed_product(self._G_g, self._gain_coefficients @ coordinates)
-        cost = _transposed_product(self._G_c, self._cost_coefficients @ coordinates)
+        gain = self._G_g.transposed_times(self._gain_coefficients @ coordinates)
+        cost = self._G_c.transposed_times(self._cost_coefficients @ coordinates)
         combined: Tensor = (gain + cost) / self._shift
         return combined
 
     def pull_back(self, gradient: Tensor) -> Tensor:  # noqa: D102 (inherited)
-        gain = self._gain_coefficients.mT @ _product(self._G_g, gradient)
-        cost = self._cost_coefficients.mT @ _product(self._G_c, gradient)
+        gain = self._gain_coefficients.mT @ self._G_g.times(gradient)
+        cost = self._cost_coefficients.mT @ self._G_c.times(gradient)
         slopes: Tensor = (gain + cost) / self._shift
         return slopes
 
@@ -272,7 +280,12 @@ _DIRECT: dict[Structure, Callable[[Fisher, Fisher, float], Spectrum]] = {
 
 
 def solve(
-    gain: Fisher, cost: Fisher, *, damping: float | None = None, device: torch.device | str | None = None
+    gain: Fisher,
+    cost: Fisher,
+    *,
+    damping: float | None = None,
+    device: torch.device | str | None = None,
+    ranks: Ranks | None = None,
 ) -> Spectrum:
     """Solve F_gain v = λ (F_cost + damping · scale · I) v.
 
@@ -282,6 +295,8 @@ def solve(
         damping: Relative damping; `DEFAULT_DAMPING` of the structure by default.
         device: Where the eigenproblems of `kfac` and `block` are solved; by default a GPU where there is one. The spectrum
             itself lives on the CPU.
+        ranks: Processes that share the eigenproblems of `kfac` and `block`; all must call this function with the same
+            Fishers, and all get the spectrum. This process alone by default.
 
     Returns:
         The spectrum.
@@ -304,19 +319,9 @@ def solve(
         raise InputError(f"damping must be a finite number >= 0, but is {damping}.")
     if gain.structure in (Structure.KFAC, Structure.BLOCK):
         chosen = torch.device(device or default_device())
-        return (KroneckerSpectrum if gain.structure is Structure.KFAC else BlockSpectrum)(gain, cost, damping, chosen)
+        kind = KroneckerSpectrum if gain.structure is Structure.KFAC else BlockSpectrum
+        return kind(gain, cost, damping, chosen, ranks or Ranks())
     return _DIRECT[gain.structure](gain, cost, damping)
-
-
-def _solve_all(
-    pairs: Sequence[tuple[Tensor, Tensor]], names: Sequence[Sequence[str]], device: torch.device
-) -> list[GeneralizedEigh]:
-    """Solve batches of problems on a device, all of one size in one call, and bring the solutions to the CPU."""
-    solutions = generalized_eigh_mixed([(a.to(device), b.to(device)) for a, b in pairs])
-    on_cpu = [GeneralizedEigh(s.eigenvalues.cpu(), s.eigenvectors.cpu(), s.status.cpu()) for s in solutions]
-    for solution, members in zip(on_cpu, names, strict=True):
-        solution.raise_on_failure(members)
-    return on_cpu
 
 
 def _damp(matrices: Tensor, damping: float, names: Sequence[str], what: str) -> Tensor:
@@ -343,22 +348,3 @@ def _damped_diagonal(cost: Fisher, damping: float) -> Tensor:
             "does not lift them: raise the damping or add benign data."
         )
     return damped
-
-
-def _gram(a: Tensor, b: Tensor) -> Tensor:
-    """Return a bᵀ (n, m) in float64, a chunk of columns at a time."""
-    total = torch.zeros(len(a), len(b), dtype=torch.float64)
-    for left, right in zip(a.split(_COLUMNS_PER_CHUNK, dim=1), b.split(_COLUMNS_PER_CHUNK, dim=1), strict=True):
-        total += left.double() @ right.double().mT
-    return total
-
-
-def _product(scores: Tensor, vector: Tensor) -> Tensor:
-    """Return G φ (n,) in float64."""
-    chunks = zip(scores.split(_COLUMNS_PER_CHUNK, dim=1), vector.split(_COLUMNS_PER_CHUNK), strict=True)
-    return torch.stack([left.double() @ right.double() for left, right in chunks]).sum(dim=0)
-
-
-def _transposed_product(scores: Tensor, weights: Tensor) -> Tensor:
-    """Return Gᵀ w (D,) in float64."""
-    return torch.cat([chunk.double().mT @ weights for chunk in scores.split(_COLUMNS_PER_CHUNK, dim=1)])

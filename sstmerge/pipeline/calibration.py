@@ -11,11 +11,12 @@ from torch import nn
 
 from sstmerge.adapters import CoreSpace
 from sstmerge.errors import InputError
-from sstmerge.evaluation.generate import generate
 from sstmerge.fisher import Batch, Fisher, collect_fisher, installed_taps, reference_points
 from sstmerge.gevp import KroneckerSpectrum, solve
 from sstmerge.merging import ModuleFilter, module_filter
+from sstmerge.pipeline.answers import answer
 from sstmerge.pipeline.progress import Progress, no_progress, token_progress
+from sstmerge.pipeline.run import Run
 from sstmerge.prompts import (
     Example,
     completions_missing,
@@ -84,6 +85,7 @@ def complete(
     *,
     max_new_tokens: int,
     progress: Progress = no_progress,
+    run: Run = Run(),  # noqa: B008 (frozen)
 ) -> list[Example]:
     """Give every prompt without a response the greedy answer of the reference model.
 
@@ -95,6 +97,7 @@ def complete(
         reference: The reference; on a path, its first point answers.
         max_new_tokens: Longest answer.
         progress: Progress.
+        run: The processes that share the work, and where answers are kept.
 
     Returns:
         Examples that all have responses.
@@ -102,15 +105,16 @@ def complete(
     missing = [examples[position] for position in completions_missing(examples)]
     if not missing:
         return list(examples)
-    done = 0
-
-    def advance(count: int) -> None:
-        nonlocal done
-        done += count
-        progress("answering benign prompts without a response", done, len(missing))
-
     with installed_taps(model, space, reference_points(reference, space)[0]):
-        answers = generate(model, tokenizer, missing, max_new_tokens=max_new_tokens, progress=advance)
+        answers = answer(
+            model,
+            tokenizer,
+            missing,
+            run,
+            point=f"{reference} {space.fingerprint}",
+            max_new_tokens=max_new_tokens,
+            progress=lambda done, total: progress("answering benign prompts without a response", done, total),
+        )
     return with_responses(examples, answers)
 
 
@@ -133,6 +137,8 @@ def collect_pair(
     *,
     home: CoreSpace | None = None,
     progress: Progress = no_progress,
+    run: Run = Run(),  # noqa: B008 (frozen)
+    name: str = "",
 ) -> tuple[Fisher, Fisher]:
     """Collect F_gain (labels from the data) and F_cost (labels sampled from the model) at one reference.
 
@@ -146,6 +152,8 @@ def collect_pair(
         options: How.
         home: The space that the reference is a point of, where `space` is only part of it.
         progress: Progress.
+        run: The processes that share the work, and where it is checkpointed.
+        name: What tells this pair from others of the run.
 
     Returns:
         F_gain and F_cost.
@@ -156,9 +164,17 @@ def collect_pair(
     basis = None
     if options.structure == "ekfac":
         first = collect_pair(
-            model, space, harm, benign, replace(options, structure="kfac"), home=home, progress=progress
+            model,
+            space,
+            harm,
+            benign,
+            replace(options, structure="kfac"),
+            home=home,
+            progress=progress,
+            run=run,
+            name=name,
         )
-        spectrum = solve(*first)
+        spectrum = solve(*first, ranks=run.ranks)
         if not isinstance(spectrum, KroneckerSpectrum):
             raise InputError("An EK-FAC basis comes from a pair of kfac Fishers.")
         basis = spectrum.basis
@@ -179,6 +195,8 @@ def collect_pair(
                 seed=options.seed,
                 metadata={"response_tokens": options.response_tokens},
                 progress=token_progress(f"{what} ({options.structure})", batches, progress),
+                ranks=run.ranks,
+                checkpoint=run.checkpoint("-".join(filter(None, [name, *what.split(), options.structure]))),
             )
         )
     return fishers[0], fishers[1]
@@ -192,6 +210,7 @@ def choose_modules(
     options: CollectionOptions,
     *,
     progress: Progress = no_progress,
+    run: Run = Run(),  # noqa: B008 (frozen)
 ) -> ModuleFilter:
     """Choose modules and basis vectors on a pilot of the first sequences.
 
@@ -202,12 +221,14 @@ def choose_modules(
         benign: Benign prompts with responses.
         options: `module_share`, `dimension_share` and `pilot`.
         progress: Progress.
+        run: The processes that share the work, and where it is checkpointed.
 
     Returns:
         The filter.
     """
     few_harm, few_benign = _first_sequences(harm, options.pilot), _first_sequences(benign, options.pilot)
-    pair = collect_pair(model, space, few_harm, few_benign, replace(options, structure="diagonal"), progress=progress)
+    diagonal = replace(options, structure="diagonal")
+    pair = collect_pair(model, space, few_harm, few_benign, diagonal, progress=progress, run=run, name="pilot")
     share = 1.0 if options.module_share is None else options.module_share
     return module_filter(*pair, modules=share, dimensions=options.dimension_share)
 

@@ -15,6 +15,7 @@ from sstmerge.fisher.structures import parse_structure
 from sstmerge.gevp import KroneckerSpectrum, solve
 from sstmerge.pipeline.calibration import CollectionOptions, batches_of, complete, load_all
 from sstmerge.pipeline.progress import Progress, no_progress, token_progress
+from sstmerge.pipeline.run import Run
 
 
 def collect_file(
@@ -31,6 +32,7 @@ def collect_file(
     limit: int | None = None,
     ignore_base_name: bool = False,
     progress: Progress = no_progress,
+    run: Run = Run(),  # noqa: B008 (frozen)
 ) -> Fisher:
     """Collect a Fisher from prompt files and save it.
 
@@ -47,6 +49,8 @@ def collect_file(
         limit: Keep the first so many rows of each file.
         ignore_base_name: Accept adapters whose recorded base models differ by name.
         progress: Progress.
+        run: The processes that share the work, all of which call this function and of which the first one writes, and
+            the folder where they keep what is collected (`sstmerge.pipeline.run.opened_run`).
 
     Returns:
         The Fisher, which is saved too.
@@ -59,7 +63,7 @@ def collect_file(
         raise InputError(f"Unknown labels '{labels}'; expected 'data' or 'sampled'.")
     loaded = [load_adapter(source, name=name) for name, source in adapters.items()]
     new_space = CoreSpace.of(loaded, ignore_base_name=ignore_base_name)
-    space = new_space if like is None else Fisher.load(like, loaded).space
+    space = run.same_space(new_space if like is None else Fisher.load(like, loaded).space)
     kronecker = _basis(basis, space, options)
     reference_points(options.reference, space)
     examples = load_all(data, split=split, limit=limit)
@@ -74,6 +78,7 @@ def collect_file(
         options.reference,
         max_new_tokens=options.completion_tokens,
         progress=progress,
+        run=run,
     )
     batches = batches_of(model, tokenizer, examples, options)
     fisher = collect_fisher(
@@ -89,8 +94,11 @@ def collect_file(
         seed=options.seed,
         metadata={"response_tokens": options.response_tokens},
         progress=token_progress(f"{labels} Fisher ({options.structure})", batches, progress),
+        ranks=run.ranks,
+        checkpoint=run.checkpoint("Fisher"),
     )
-    fisher.save(out)
+    if run.ranks.first:
+        fisher.save(out)
     return fisher
 
 

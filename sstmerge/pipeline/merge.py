@@ -19,17 +19,18 @@ from sstmerge.merging import Merge, Rule, Selection, merge_cores, parse_rule
 from sstmerge.merging.stability import Stability, split_half_stability
 from sstmerge.pipeline.calibration import (
     CollectionOptions,
-    Progress,
     batches_of,
     choose_modules,
     collect_pair,
     complete,
     load_all,
-    no_progress,
 )
 from sstmerge.pipeline.models import load_model, load_tokenizer
+from sstmerge.pipeline.progress import Progress, no_progress
 from sstmerge.pipeline.refit import RefitOptions, refit_cores
-from sstmerge.pipeline.roles import AdapterSource, Roles, expand_reference, load_named, load_roles, roles_in
+from sstmerge.pipeline.roles import AdapterSource, Roles, expand_reference, load_named, load_roles, roles_in, with_space
+from sstmerge.pipeline.run import Run
+from sstmerge.pipeline.sketch_job import load_fishers
 
 REPORT_FILE = "sstmerge_report.json"
 
@@ -100,6 +101,7 @@ def merge(
     overwrite: bool = False,
     ignore_base_name: bool = False,
     progress: Progress = no_progress,
+    run: Run = Run(),  # noqa: B008 (frozen)
 ) -> MergeResult:
     """Merge a safety adapter into utility adapters by measured effect.
 
@@ -125,6 +127,8 @@ def merge(
         overwrite: Replace `out` if it exists.
         ignore_base_name: Accept adapters whose recorded base models differ by name.
         progress: Called with what is being done, how much is done, and how much there is.
+        run: The processes that share the work, all of which call this function and of which the first one writes, and
+            the folder where they keep what is collected (`sstmerge.pipeline.run.opened_run`).
 
     Returns:
         The adapter with its report, Fishers and spectrum.
@@ -138,6 +142,7 @@ def merge(
     if parsed is Rule.REFIT and options.module_share is not None:
         raise InputError("The rule 'refit' works in the whole space; leave out the module filter.")
     roles = load_roles(utility, safety, utility_weights, ignore_base_name=ignore_base_name)
+    roles = with_space(roles, run.same_space(roles.space), utility_weights)
     options = replace(options, reference=expand_reference(options.reference, roles))
     harm_examples = load_all(harm, split=split, limit=limit)
     benign_examples = load_all(benign, split=split, limit=limit)
@@ -152,15 +157,18 @@ def merge(
         options.reference,
         max_new_tokens=options.completion_tokens,
         progress=progress,
+        run=run,
     )
     harm_batches = batches_of(model, tokenizer, harm_examples, options)
     benign_batches = batches_of(model, tokenizer, benign_examples, options)
     space, notes = roles.space, list[str]()
     if options.module_share is not None:
-        chosen = choose_modules(model, space, harm_batches, benign_batches, options, progress=progress)
+        chosen = choose_modules(model, space, harm_batches, benign_batches, options, progress=progress, run=run)
         space, notes = chosen.space, [chosen.sentence()]
-    pair = collect_pair(model, space, harm_batches, benign_batches, options, home=roles.space, progress=progress)
-    spectrum = solve(*pair, damping=damping)
+    pair = collect_pair(
+        model, space, harm_batches, benign_batches, options, home=roles.space, progress=progress, run=run
+    )
+    spectrum = solve(*pair, damping=damping, ranks=run.ranks)
     if parsed is Rule.REFIT:
         merged = refit_cores(
             model,
@@ -177,7 +185,7 @@ def merge(
     else:
         merged = merge_in_part(roles, spectrum, rule=parsed, scale=scale, selection=selection, notes=notes)
     result = finish(roles, merged, spectrum, rank=rank, stability=stability)
-    if out is not None:
+    if out is not None and run.ranks.first:
         result.save(out, overwrite=overwrite)
     return result
 
@@ -237,8 +245,8 @@ def merge_from_fishers(
     """Merge with Fishers that were collected before; no model is loaded.
 
     Args:
-        gain: Fisher file of harmful prompts.
-        cost: Fisher file of benign prompts.
+        gain: Fisher file of harmful prompts, or a sketch of the base model, which fits any of its adapters.
+        cost: The same of benign prompts.
         utility: Utility adapters, as in `merge`.
         safety: The safety adapter.
         out: Directory to write; None writes nothing.
@@ -283,11 +291,11 @@ def load_solved(
     utility_weights: Sequence[float] | None = None,
     ignore_base_name: bool = False,
 ) -> tuple[Roles, Spectrum]:
-    """Load two Fisher files with their adapters and solve them.
+    """Load two Fisher files, or sketches of the base model, with their adapters and solve them.
 
     Args:
-        gain: Fisher file of harmful prompts.
-        cost: Fisher file of benign prompts.
+        gain: Fisher file or sketch of harmful prompts.
+        cost: Fisher file or sketch of benign prompts.
         utility: Utility adapters.
         safety: The safety adapter.
         damping: Relative damping.
@@ -301,8 +309,7 @@ def load_solved(
         FisherError: If the two files were collected on different base models.
     """
     named = load_named(utility, safety)
-    gain_fisher = Fisher.load(gain, named)
-    cost_fisher = Fisher.load(cost, named)
+    gain_fisher, cost_fisher = load_fishers([gain, cost], named, ignore_base_name=ignore_base_name)
     if gain_fisher.metadata.get("model") != cost_fisher.metadata.get("model"):
         raise FisherError(f"'{gain}' and '{cost}' were collected on different base models; collect one of them again.")
     space = gain_fisher.space

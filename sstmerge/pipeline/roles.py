@@ -116,6 +116,18 @@ def roles_in(space: CoreSpace, utilities: Sequence[str], safety: str, weights: S
     return Roles(space, total, space.core(safety), "+".join(terms) or "base")
 
 
+def with_space(roles: Roles, space: CoreSpace, weights: Sequence[float] | None) -> Roles:
+    """Return the same roles in other bases of their space.
+
+    Args:
+        roles: The roles.
+        space: A space of the same adapters, in the same order.
+        weights: One weight per utility adapter; 1 by default.
+    """
+    names = [adapter.name for adapter in roles.space.adapters]
+    return roles if space is roles.space else roles_in(space, names[:-1], names[-1], weights)
+
+
 def _load(source: AdapterSource, name: str) -> Adapter:
     if isinstance(source, nn.Module):
         loaded = adapter_from_model(source)
