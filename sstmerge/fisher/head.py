@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from sstmerge.errors import InputError
+from sstmerge.fisher.placement import input_device, uncompiled
 
 # Entries of the largest logits matrix that is held at once: 2**24 float32 numbers are 64 MiB.
 LOGITS_CHUNK = 2**24
@@ -23,7 +24,13 @@ class Head:
     """The output head of a causal language model: hidden states (N, d) to logits (N, vocabulary)."""
 
     def __init__(self, model: nn.Module) -> None:
+        model = uncompiled(model)
         base = model.get_base_model() if hasattr(model, "peft_config") else model  # type: ignore[operator]
+        if getattr(getattr(base, "config", None), "is_encoder_decoder", False):
+            raise InputError(
+                f"{type(base).__name__} is an encoder-decoder model; sstmerge measures causal language models only "
+                "(AutoModelForCausalLM)."
+            )
         get_head = getattr(base, "get_output_embeddings", None)
         head = get_head() if callable(get_head) else None
         if head is None:
@@ -62,6 +69,27 @@ class Head:
             yield
         finally:
             handle.remove()
+
+    def check_causal(self, model: nn.Module) -> None:
+        """Check, by a pass of two tokens, that no position sees a later one.
+
+        Args:
+            model: The model that this is the head of.
+
+        Raises:
+            InputError: If one does: the model is an encoder, and no sequence has a probability under it.
+        """
+        captured: list[Tensor] = []
+        ids = torch.tensor([[0, 0], [0, 1]], device=input_device(model))
+        with torch.no_grad(), self.capturing(captured):
+            model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+        first, other = captured[0][:, 0].float()
+        # Far above rounding (8-bit layers round by what else is in the batch), far below what an encoder does.
+        if float((first - other).norm()) > 1e-2 * float(first.norm()):
+            raise InputError(
+                f"In {type(uncompiled(model)).__name__} a position depends on later ones, so it is no causal language "
+                "model, and its token probabilities are not those of a response; load a decoder (AutoModelForCausalLM)."
+            )
 
     def check(self, hidden: Tensor, logits: Tensor) -> None:
         """Check that `logits` reproduces what the model itself computes.

@@ -17,6 +17,7 @@ from sstmerge.fisher.batch_scores import FLOAT16_SCALE, BatchScores
 from sstmerge.fisher.fingerprints import data_fingerprint, model_fingerprint
 from sstmerge.fisher.fisher import Counts
 from sstmerge.fisher.head import Head, label_scores
+from sstmerge.fisher.placement import input_device
 from sstmerge.fisher.sketch import Sketch, score_cores
 from sstmerge.fisher.sketch_file import read_checkpoint, write_checkpoint
 from sstmerge.fisher.sketch_sums import nystrom_factor
@@ -82,7 +83,7 @@ def collect_sketch(
     }
     identity = {**recorded, "rank": rank, "layers": sorted(plan.layers), "batches": _cut(batches)}
     done, counts, total = 0, Counts.zero(), sum(len(batch.index) for batch in batches)
-    head, device = Head(model), next(model.parameters()).device
+    head, device = Head(model), input_device(model)
     with frozen(model), installed_sketch_taps(model, plan) as taps:
         if checkpoint is not None and Path(checkpoint).exists():
             done, counts = read_checkpoint(checkpoint, identity, taps.tensors())

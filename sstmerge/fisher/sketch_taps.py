@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from sstmerge.errors import FisherError, InputError
 from sstmerge.fisher.batch import Batch
 from sstmerge.fisher.head import Head
+from sstmerge.fisher.placement import input_device
 from sstmerge.fisher.sketch import SketchedLayer
 from sstmerge.fisher.sketch_sums import MomentSums, RandomSigns, ScoreSums, score_rank
 from sstmerge.fisher.taps import base_modules, frozen
@@ -96,7 +97,7 @@ def plan_sketch(
         stack.enter_context(frozen(model))
         stack.enter_context(head.capturing([]))
         stack.enter_context(torch.no_grad())
-        batch = first.to(next(model.parameters()).device)
+        batch = first.to(input_device(model))
         model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
     layers, left_out = probe.layers(batch)
     if targets is not None and left_out:

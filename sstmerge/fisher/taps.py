@@ -10,11 +10,14 @@ so the projections x̃ = x V and δ̃ = δ U that the statistics need are the ve
 No weight is changed, no weight gradient is formed, and the backward pass ends at the lowest tapped layer, because only
 the taps require gradients. Scores are recorded in the backward pass, which autograd runs once per call of a module:
 checkpointed forward passes, wrappers, quantised base layers and modules called several times are all counted right.
+
+Layers that are given the very same input (q, k and v; gate and up) project it in one product. Which do is seen, not guessed
+from names: one forward pass of a single token, before the first batch, shows whose inputs are one tensor.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -23,6 +26,7 @@ from torch import Tensor, nn
 
 from sstmerge.adapters import CoreSpace
 from sstmerge.errors import AdapterError, InputError
+from sstmerge.fisher.placement import eager, uncompiled
 from sstmerge.ops import BackendName, project_accumulate
 
 
@@ -41,6 +45,8 @@ class Tap:
         self.backend: BackendName = backend
         self.records: list[tuple[Tensor, Tensor]] = []
         self.anchor = anchor
+        self.shared: SharedInput | None = None
+        self.watcher: Callable[[Tap, Tensor], None] | None = None
         self._bases = (U, V, core)
         self._placed: tuple[torch.device, torch.dtype] | None = None
         self.U = U  # (d_out, R_o), replaced at the first call by a copy in the activations' dtype
@@ -51,18 +57,34 @@ class Tap:
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
         """Be the forward hook of the layer: return its output with the reference adapters added."""
         x = args[0] if args else next(iter(kwargs.values()))
+        if not isinstance(output, Tensor):
+            raise AdapterError(
+                f"Layer '{self.name}' of the model is a {type(module).__name__}, which returns no single tensor (a router "
+                "of experts, for instance); sstmerge merges linear layers only: leave it out of the adapters."
+            )
         if x.shape[-1] != self.V.shape[0] or output.shape[-1] != self.U.shape[0]:
             raise AdapterError(
                 f"Layer '{self.name}' maps {x.shape[-1]} to {output.shape[-1]} features in the model, but "
                 f"{self.V.shape[0]} to {self.U.shape[0]} in the adapters: they were trained on another base model."
             )
         self._place(x, output)
+        if self.watcher is not None:
+            self.watcher(self, x)
         if self.anchor is not None and torch.is_grad_enabled():
             # The anchor makes the output require a gradient even where the input does not (the lowest layers).
             return _TapFunction.apply(x, output, self.anchor.to(output.device), self)  # type: ignore[no-any-return]
-        return (
-            output if self.forward_map is None else output + self.project(x, self.V).to(output.dtype) @ self.forward_map
-        )
+        if self.forward_map is None:
+            return output
+        return output + self.project(x, self.V).to(output.dtype) @ self.forward_map
+
+    def project_input(self, x: Tensor) -> Tensor:
+        """Return x̃ = x V, from one product with those of the other layers that were given the same tensor."""
+        return self.project(x, self.V) if self.shared is None else self.shared.project(x, self)
+
+    @property
+    def source_basis(self) -> Tensor:
+        """V (d_in, R_i) as it was given."""
+        return self._bases[1]
 
     def project(self, rows: Tensor, basis: Tensor) -> Tensor:
         """Return rows (..., d) times a basis (d, R): in float32 from the kernels, in the rows' dtype from torch."""
@@ -86,10 +108,42 @@ class Tap:
         self._placed = (x.device, x.dtype)
 
 
+class SharedInput:
+    """Layers that read one input: its projections on all their bases are one product, made at the first of them.
+
+    A layer that turns out to get another tensor than the first one projects it alone, so a wrong guess costs time only.
+
+    Attributes:
+        taps: The layers' taps in the order of their calls.
+    """
+
+    def __init__(self, taps: list[Tap]) -> None:
+        self.taps = taps
+        self._input: Tensor | None = None
+        self._waiting: dict[Tap, Tensor] = {}
+        self._basis: Tensor | None = None
+
+    def project(self, x: Tensor, tap: Tap) -> Tensor:
+        """Return x̃ (..., R_i) of one layer for its input x (..., d_in)."""
+        if tap is self.taps[0]:
+            self._project_all(x)
+        projected = self._waiting.pop(tap, None) if x is self._input else None
+        if not self._waiting:
+            self._input = None
+        return tap.project(x, tap.V) if projected is None else projected
+
+    def _project_all(self, x: Tensor) -> None:
+        basis = self._basis
+        if basis is None or (basis.device, basis.dtype) != (x.device, x.dtype):
+            self._basis = basis = torch.cat([tap.source_basis.to(x.device, x.dtype) for tap in self.taps], dim=1)
+        pieces = self.taps[0].project(x, basis).split([tap.V.shape[1] for tap in self.taps], dim=-1)
+        self._input, self._waiting = x, dict(zip(self.taps, pieces, strict=True))
+
+
 class _TapFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, output: Tensor, anchor: Tensor, tap: Tap) -> Tensor:
-        projected = tap.project(x, tap.V)
+        projected = tap.project_input(x)
         ctx.tap = tap
         ctx.save_for_backward(projected)
         if tap.forward_map is None:
@@ -118,6 +172,38 @@ class Taps:
 
     def __init__(self, groups: list[list[Tap]]) -> None:
         self.groups = groups
+        self._searched = False
+
+    def find_shared_inputs(self, run: Callable[[], object]) -> None:
+        """Find the layers that read one input, in a forward pass; once.
+
+        Args:
+            run: Runs the model's forward pass without gradients, on any input; one token is enough.
+        """
+        if self._searched:
+            return
+        self._searched = True
+        seen: dict[int, tuple[Tensor, list[Tap]]] = {}  # inputs are kept alive, so that no id comes twice
+
+        def note(tap: Tap, x: Tensor) -> None:
+            seen.setdefault(id(x), (x, []))[1].append(tap)
+
+        taps = [tap for group in self.groups for tap in group]
+        for tap in taps:
+            tap.watcher = note
+        try:
+            with torch.no_grad():
+                run()
+        finally:
+            for tap in taps:
+                tap.watcher = None
+        called = [tap for _, readers in seen.values() for tap in readers]
+        for _, readers in seen.values():
+            # A layer that is called several times may read other inputs at other times.
+            if len(readers) > 1 and all(called.count(tap) == 1 for tap in readers):
+                shared = SharedInput(readers)
+                for tap in readers:
+                    tap.shared = shared
 
     def clear(self) -> None:
         """Forget all records."""
@@ -202,7 +288,9 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 
 def base_modules(model: nn.Module, stack: ExitStack) -> dict[str, nn.Module]:
-    """Return a model's modules by path; a `PeftModel`'s adapters are off until the stack ends."""
+    """Return a model's modules by path; until the stack ends, a `PeftModel`'s adapters are off and nothing runs compiled."""
+    stack.enter_context(eager(model))
+    model = uncompiled(model)
     if not hasattr(model, "peft_config"):
         return dict(model.named_modules())
     if not hasattr(model, "get_base_model"):

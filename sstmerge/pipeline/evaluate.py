@@ -23,6 +23,7 @@ from sstmerge.evaluation.rates import Rate as Rate  # a public name of this modu
 from sstmerge.evaluation.refusal import Verdict, judge_refusal
 from sstmerge.evaluation.text import exact_match
 from sstmerge.fisher.batch import Batch
+from sstmerge.fisher.placement import input_device
 from sstmerge.prompts import Example
 
 if TYPE_CHECKING:
@@ -212,7 +213,7 @@ def measured_kl(
     Raises:
         DataError: If the batches hold no response token.
     """
-    device = next(model.parameters()).device
+    device = input_device(model)
     divergence = tokens = 0.0
     with evaluating(model):
         for batch in batches:
@@ -244,7 +245,7 @@ def mean_log_likelihood(model: PreTrainedModel, batches: Iterable[Batch]) -> flo
     Raises:
         DataError: If the batches hold no response token.
     """
-    device = next(model.parameters()).device
+    device = input_device(model)
     total = tokens = 0.0
     with evaluating(model):
         for batch in batches:

@@ -1,0 +1,121 @@
+"""Where a model's weights are, whoever put them there: accelerate's offload, FSDP2's shards, torch.compile's wrapper."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from sstmerge.errors import InputError
+
+
+def input_device(model: nn.Module) -> torch.device:
+    """Return the device that token ids must be on.
+
+    Args:
+        model: A model, its weights on one device, spread over several, or offloaded by accelerate.
+
+    Returns:
+        The device of the input embedding (of the first parameter where there is none), or the one that its weights are
+        brought to when they are needed.
+
+    Raises:
+        InputError: If the weights are nowhere.
+    """
+    embedding = getattr(model, "get_input_embeddings", lambda: None)()
+    module = embedding if isinstance(embedding, nn.Module) else model
+    first = next(module.parameters(), None)
+    device = first.device if first is not None else next(model.parameters()).device
+    if device.type != "meta":
+        return device
+    for owner in (module, *model.modules()):
+        for hook in _offload_hooks(owner):
+            place = getattr(hook, "execution_device", None)
+            if isinstance(place, dict):  # one per input; the ids are the first
+                place = next(iter(place.values()), None)
+            if place is not None:
+                return torch.device(place)
+    raise InputError(
+        "The model's weights are on the meta device and no hook brings them back; load the model with its weights."
+    )
+
+
+def base_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield the names and values of a model's base weights, sorted by name; adapters are left out.
+
+    Weights that are offloaded are read from where they lie, and shards are put together: under FSDP all processes must
+    call this together.
+
+    Args:
+        model: The model, or a `peft.PeftModel` of it.
+
+    Yields:
+        Name in the base model, and value.
+
+    Raises:
+        InputError: If a weight is nowhere.
+    """
+    owners = {
+        f"{path}.{name}" if path else name: (module, name)
+        for path, module in model.named_modules()
+        for name in module._parameters
+    }
+    for full_name, parameter in sorted(model.named_parameters(), key=lambda item: _plain(item[0])):
+        if ".lora_" not in full_name:
+            yield _plain(full_name), _value(*owners[full_name], parameter.detach())
+
+
+def _plain(name: str) -> str:
+    """Return a parameter's name without what PEFT and torch.compile put into it."""
+    return name.replace("_orig_mod.", "").replace("base_model.model.", "").replace(".base_layer.", ".")
+
+
+def _value(module: nn.Module, name: str, parameter: Tensor) -> Tensor:
+    if hasattr(parameter, "full_tensor"):  # a DTensor, as FSDP2 makes them
+        whole: Tensor = parameter.full_tensor()
+        return whole
+    if parameter.device.type != "meta":
+        return parameter
+    for hook in _offload_hooks(module):
+        weights = getattr(hook, "weights_map", None)
+        if weights is not None:
+            stored: Tensor = weights[name]
+            return stored
+    raise InputError(
+        f"The weight '{name}' is on the meta device and was not offloaded; load the model with its weights."
+    )
+
+
+def _offload_hooks(module: nn.Module) -> list[object]:
+    hook = getattr(module, "_hf_hook", None)
+    return list(getattr(hook, "hooks", [hook] if hook is not None else []))
+
+
+def uncompiled(model: nn.Module) -> nn.Module:
+    """Return the model that `torch.compile` wrapped, or the model itself."""
+    original = getattr(model, "_orig_mod", model)
+    return original if isinstance(original, nn.Module) else model
+
+
+@contextmanager
+def eager(model: nn.Module) -> Iterator[None]:
+    """Run compiled modules as Python while the block runs.
+
+    Code that was compiled before a hook was registered does not call the hook: the model would silently stay what it was.
+
+    Args:
+        model: The model, some or all of it compiled.
+
+    Yields:
+        None.
+    """
+    compiled = any(
+        hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
+        for module in model.modules()
+    )
+    with ExitStack() as stack:
+        if compiled:  # only then, because it imports the compiler
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        yield
