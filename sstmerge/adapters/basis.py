@@ -200,6 +200,7 @@ def _singular_transform(
 
 def _square_root(gram: Tensor) -> Tensor:
     """Return some root L of positive semidefinite matrices, L Lᵀ = G: Cholesky's, or where that fails the symmetric one."""
+    root: Tensor
     root, info = torch.linalg.cholesky_ex(gram)
     failed = info != 0
     if bool(failed.any()):
