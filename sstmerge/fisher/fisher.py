@@ -18,10 +18,12 @@ from sstmerge.adapters import Adapter, CoreSpace
 from sstmerge.atomic import atomic_file
 from sstmerge.errors import FisherError
 from sstmerge.fisher.contents import COUNTS, check_tensors, parse_header, parse_space
+from sstmerge.fisher.fingerprints import content_hash
 from sstmerge.fisher.structures import KroneckerBasis, Structure
 from sstmerge.untrusted import read_tensor_headers
 
 _METADATA_KEY = "sstmerge_fisher"
+_HASH_KEY = "sha256"
 _FORMAT = 1
 # What two Fishers must have in common to be added.
 _SAME_KIND = ("labels", "reference", "model", "weight_sharing", "response_tokens")
@@ -259,12 +261,13 @@ class Fisher:
         tensors = {name: tensor.contiguous() for name, tensor in self.statistics.items()}
         tensors |= {f"counts.{name}": getattr(self.counts, name) for name in Counts.__dataclass_fields__}
         tensors |= self.space.basis_tensors()
-        header = {"format": _FORMAT, "structure": self.structure.value, "metadata": dict(self.metadata)}
+        header = json.dumps({"format": _FORMAT, "structure": self.structure.value, "metadata": dict(self.metadata)})
+        space = self.space.basis_description()
         with atomic_file(path) as temporary:
             save_file(
                 tensors,
                 temporary,
-                metadata={_METADATA_KEY: json.dumps(header), "space": self.space.basis_description()},
+                metadata={_METADATA_KEY: header, "space": space, _HASH_KEY: content_hash(tensors, header, space)},
             )
 
     @classmethod
@@ -326,6 +329,12 @@ def _read(path: str | Path) -> tuple[dict[str, Any], str, dict[str, Tensor]]:
             raise FisherError(f"'{name}' in {path} holds NaN or Inf; collect this Fisher again.")
     if any(bool((tensors[f"counts.{name}"] < 0).any()) for name in COUNTS):
         raise FisherError(f"{where} is damaged: it counts fewer than no sequences; collect this Fisher again.")
+    # Files of versions before 0.1.0 have no hash and are read without this check.
+    recorded = metadata.get(_HASH_KEY)
+    if recorded is not None and recorded != content_hash(tensors, metadata[_METADATA_KEY], metadata["space"]):
+        raise FisherError(
+            f"{where} was altered or damaged: its contents do not match its hash; collect this Fisher again."
+        )
     return header, metadata["space"], tensors
 
 
