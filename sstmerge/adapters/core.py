@@ -102,7 +102,7 @@ class CoreSpace:
 
     def zero(self) -> Tensor:
         """Return the coordinates of the base model, shape (D,), float64."""
-        return torch.zeros(self.size, dtype=torch.float64)
+        return self.groups[0].output_transform.new_zeros(self.size)
 
     def split(self, vector: Tensor) -> list[Tensor]:
         """View a vector as one batch of cores per group.

@@ -14,8 +14,10 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-# Entries of a float64 buffer: 2 MiB, what a core's second-level cache holds. A single layer may be larger.
-_ENTRIES_PER_CHUNK = 2**18
+# Entries of a float64 buffer: on a CPU 1 MiB, which stays in the second-level cache; elsewhere 512 MiB, to launch few
+# kernels. A single layer may be larger.
+_ENTRIES_PER_CHUNK = {"cpu": 2**17}
+_ENTRIES_ELSEWHERE = 2**26
 
 
 @dataclass(frozen=True)
@@ -82,9 +84,11 @@ class FactorStack:
         """Yield S in float64 a few layers at a time, in one buffer: a chunk is gone when the next one is asked for."""
         layers, ranks = len(self.factors[0]), self.ranks
         stacked = sum(ranks)
-        step = min(layers, max(1, _ENTRIES_PER_CHUNK // (self.width * stacked)))
+        device = self.factors[0][0].device
+        step = _ENTRIES_PER_CHUNK.get(device.type, _ENTRIES_ELSEWHERE) // (self.width * stacked)
+        step = min(layers, max(1, step))
         shape = (stacked, self.width) if self.transposed else (self.width, stacked)
-        buffer = torch.empty(step, *shape, dtype=torch.float64, device=self.factors[0][0].device)
+        buffer = torch.empty(step, *shape, dtype=torch.float64, device=device)
         for start in range(0, layers, step):
             chosen = slice(start, min(start + step, layers))
             chunk = buffer[: chosen.stop - start]

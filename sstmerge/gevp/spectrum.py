@@ -294,7 +294,7 @@ def solve(
         cost: F_cost, from benign prompts; of the same structure, for the same adapters.
         damping: Relative damping; `DEFAULT_DAMPING` of the structure by default.
         device: Where the eigenproblems of `kfac` and `block` are solved; by default a GPU where there is one. The spectrum
-            itself lives on the CPU.
+            itself lives where the Fishers do.
         ranks: Processes that share the eigenproblems of `kfac` and `block`; all must call this function with the same
             Fishers, and all get the spectrum. This process alone by default.
 
@@ -339,6 +339,7 @@ def _damp(matrices: Tensor, damping: float, names: Sequence[str], what: str) -> 
 def _damped_diagonal(cost: Fisher, damping: float) -> Tensor:
     diagonal = cost.diagonal()
     sizes = torch.cat([torch.full((g.core_shape[0],), g.core_shape[1] * g.core_shape[2]) for g in cost.space.groups])
+    sizes = sizes.to(diagonal.device)
     scale = cost.space.layer_sums(diagonal) / sizes
     damped = diagonal + damping * scale.repeat_interleave(sizes)
     if bool((damped <= 0).any()):

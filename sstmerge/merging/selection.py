@@ -90,7 +90,7 @@ def select(selection: Selection, eigenvalues: Tensor, coordinates: Tensor, dimen
         kept = int(reached.to(torch.int8).argmax()) + 1
     else:
         kept = count
-    mask = torch.zeros(count, dtype=torch.float64)
+    mask = torch.zeros(count, dtype=torch.float64, device=eigenvalues.device)
     mask[order[:kept]] = 1.0
     return mask
 

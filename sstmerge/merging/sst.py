@@ -258,8 +258,8 @@ def _scale_for(spectrum: Spectrum, change: Tensor, budget: float) -> float:
 
 def _within_budget(spectrum: Spectrum, source: Tensor, scale: float, budget: float) -> Tensor:
     """Keep the most efficient directions, the last of them in part, so that the predicted KL equals the budget."""
-    rank = torch.empty(len(spectrum.eigenvalues), dtype=torch.float64)
-    rank[efficiency_order(spectrum.eigenvalues)] = torch.arange(len(rank), dtype=torch.float64)
+    rank = torch.empty_like(spectrum.eigenvalues)
+    rank[efficiency_order(spectrum.eigenvalues)] = torch.arange(len(rank)).to(rank)
 
     def weights(position: float) -> Tensor:
         return (position - rank).clamp(0.0, 1.0)
