@@ -255,3 +255,54 @@ def test_weights_that_are_nowhere_are_named(pico_llama):
     model = pico_llama().to("meta")
     with pytest.raises(InputError, match="meta device"):
         collect(model, space_of(pico_llama()))
+
+
+def write_gguf(model: PreTrainedModel, path: Path) -> None:
+    """Write a Llama as llama.cpp's converter does, in float32."""
+    gguf = pytest.importorskip("gguf", reason="gguf is not installed")
+    config = model.config
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    names = {
+        "model.embed_tokens": "token_embd",
+        "model.norm": "output_norm",
+        "lm_head": "output",
+        "model.layers.": "blk.",
+        "self_attn.q_proj": "attn_q",
+        "self_attn.k_proj": "attn_k",
+        "self_attn.v_proj": "attn_v",
+        "self_attn.o_proj": "attn_output",
+        "mlp.gate_proj": "ffn_gate",
+        "mlp.up_proj": "ffn_up",
+        "mlp.down_proj": "ffn_down",
+        "post_attention_layernorm": "ffn_norm",
+        "input_layernorm": "attn_norm",
+    }
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    for name, tensor in model.state_dict().items():
+        for projection, count in heads.items():
+            if projection in name:  # llama.cpp rotates neighbouring pairs, transformers the two halves
+                tensor = tensor.unflatten(0, (count, 2, -1)).transpose(1, 2).reshape(tensor.shape)
+        for ours, theirs in names.items():
+            name = name.replace(ours, theirs)
+        writer.add_tensor(name, tensor.contiguous().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_a_base_from_a_gguf_file(expected, pico_llama, tmp_path):
+    from sstmerge.pipeline.models import load_model
+
+    space, want, _ = expected
+    write_gguf(pico_llama(), tmp_path / "model.gguf")
+    model = load_model(str(tmp_path / "model.gguf"), device="cpu", dtype="float32")
+    assert float((factors(collect(model, space)) - want).norm()) < 1e-5 * float(want.norm())

@@ -43,7 +43,7 @@ def load_model(
     """Load a causal language model for evaluation.
 
     Args:
-        base: Local directory or hub id.
+        base: Local directory, hub id, or a GGUF file in either (`folder/name.gguf`, `owner/name/name.gguf`).
         dtype: `auto` (that of the checkpoint), `float32`, `bfloat16` or `float16`.
         device: Such as `cpu`, `cuda:1`, or `auto` to spread over all GPUs; a GPU if there is one by default.
         quantization: `4bit` or `8bit` (bitsandbytes), or None.
@@ -67,8 +67,11 @@ def load_model(
         from transformers import BitsAndBytesConfig
 
         options["quantization_config"] = BitsAndBytesConfig(**{f"load_in_{quantization}": True})
+    source, file = _source(base)
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(base, **options, **_SAFE_WEIGHTS, output_loading_info=True)
+        model, info = AutoModelForCausalLM.from_pretrained(
+            source, **file, **options, **_SAFE_WEIGHTS, output_loading_info=True
+        )
     except _UNREADABLE as error:
         raise InputError(f"The base model '{base}' cannot be loaded: {error}") from error
     absent = sorted({*info["missing_keys"], *(str(key) for key in info["mismatched_keys"])})
@@ -84,7 +87,7 @@ def load_tokenizer(base: str, *, revision: str | None = None) -> Any:
     """Load the tokenizer of a model.
 
     Args:
-        base: Local directory or hub id.
+        base: As in `load_model`.
         revision: Hub revision.
 
     Returns:
@@ -95,8 +98,9 @@ def load_tokenizer(base: str, *, revision: str | None = None) -> Any:
     """
     from transformers import AutoTokenizer
 
+    source, file = _source(base)
     try:
-        return AutoTokenizer.from_pretrained(base, revision=revision, **_NO_CODE)
+        return AutoTokenizer.from_pretrained(source, **file, revision=revision, **_NO_CODE)
     except _UNREADABLE as error:
         raise InputError(f"The tokenizer of '{base}' cannot be loaded: {error}") from error
 
@@ -105,7 +109,7 @@ def parameter_count(base: str, *, revision: str | None = None) -> int:
     """Return the number of parameters of a model without loading its weights.
 
     Args:
-        base: Local directory or hub id.
+        base: As in `load_model`.
         revision: Hub revision.
 
     Returns:
@@ -125,12 +129,21 @@ def parameter_count(base: str, *, revision: str | None = None) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
+def _source(base: str) -> tuple[str, dict[str, str]]:
+    """Return the folder or hub id of a model, and which file of it, if it is a GGUF file."""
+    if not base.endswith(".gguf"):
+        return base, {}
+    folder, _, file = base.rpartition("/")
+    return folder or ".", {"gguf_file": file}
+
+
 def _config(base: str, revision: str | None) -> Any:
     """Return the configuration of a model, which must be that of a model somebody can have trained."""
     from transformers import AutoConfig
 
+    source, file = _source(base)
     try:
-        config = AutoConfig.from_pretrained(base, revision=revision, **_NO_CODE)
+        config = AutoConfig.from_pretrained(source, **file, revision=revision, **_NO_CODE)
     except _UNREADABLE as error:
         raise InputError(f"The base model '{base}' cannot be loaded: {error}") from error
     text = getattr(config, "text_config", None) or config
