@@ -69,7 +69,9 @@ def test_no_hub(monkeypatch):
         raise ConnectionError("no network")
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    with pytest.raises(DataError, match=r"cannot be loaded from the hub as bench-llm/or-bench.*no network.*give a file"):
+    with pytest.raises(
+        DataError, match=r"cannot be loaded from the hub as bench-llm/or-bench.*no network.*give a file"
+    ):
         load_prompts("or-bench-hard-1k")
     with pytest.raises(DataError, match="not on the hub"):
         load_prompts("malicious-instructions")

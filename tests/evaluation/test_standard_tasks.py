@@ -38,5 +38,3 @@ def test_a_local_task(tmp_path, pico_llama, pico_tokenizer):
     assert score.task == "sstmerge_even"
     assert score.metric == "acc,none"
     assert score.value in [n / 6 for n in range(7)]
-    with pytest.raises(InputError, match="knows no task \\['sstmerge_odd'\\]"):
-        run_standard_tasks(pico_llama(), pico_tokenizer(), ["sstmerge_odd"], task_folder=tmp_path)
