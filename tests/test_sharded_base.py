@@ -12,17 +12,19 @@ from builders import random_adapter, random_batch
 from conftest import build_llama
 
 from sstmerge.adapters import CoreSpace
+from sstmerge.errors import InputError
 from sstmerge.fisher import collect_fisher
+from sstmerge.fisher.distributed import ProcessGroup, Ranks
 from sstmerge.fisher.fingerprints import model_fingerprint
 
 PROCESSES = 2
 
 
-def collect(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+def collect(model: torch.nn.Module, ranks: Ranks | None = None) -> dict[str, torch.Tensor]:
     plain = build_llama(0, tie_word_embeddings=False)
     space = CoreSpace.of([random_adapter(plain, name, seed=i) for i, name in enumerate("ab")])
     batches = [random_batch([9, 7, 5]), random_batch([4, 8], seed=1, first_index=3)]
-    fisher = collect_fisher(model, batches, space, structure="kfac", labels="sampled", reference="a")
+    fisher = collect_fisher(model, batches, space, structure="kfac", labels="sampled", reference="a", ranks=ranks)
     return {"factors": torch.cat([factor.flatten() for pair in fisher.kronecker_factors() for factor in pair])}
 
 
@@ -37,6 +39,8 @@ def run_rank(rank: int, port: int, folder: str) -> None:
     for layer in model.model.layers:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
+    with pytest.raises(InputError, match="each pass needs all of them"):
+        collect(model, ranks=ProcessGroup())
     torch.save({**collect(model), "fingerprint": model_fingerprint(model)}, Path(folder) / f"{rank}.pt")
     torch.distributed.destroy_process_group()
 

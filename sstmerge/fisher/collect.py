@@ -21,7 +21,7 @@ from sstmerge.fisher.distributed import Ranks
 from sstmerge.fisher.fingerprints import content_hash, data_fingerprint, layout_fingerprint, model_fingerprint
 from sstmerge.fisher.fisher import Fisher
 from sstmerge.fisher.head import Head
-from sstmerge.fisher.placement import input_device
+from sstmerge.fisher.placement import input_device, is_sharded
 from sstmerge.fisher.points import reference_points
 from sstmerge.fisher.shared_work import SharedWork
 from sstmerge.fisher.structures import (
@@ -101,6 +101,11 @@ def collect_fisher(
     ranks = ranks or Ranks()
     if stop is not None and ranks.size > 1:
         raise InputError("Stopping early needs the sums of all processes after every batch; collect with one process.")
+    if ranks.size > 1 and is_sharded(model):
+        raise InputError(
+            "The base model is sharded over the processes, so that each pass needs all of them, and they cannot share the "
+            "batches out. Collect without ranks in all processes (all get the same Fisher), or with an unsharded base."
+        )
     home = reference_space or space
     points = reference_points(reference, home) if isinstance(reference, str) else [reference]
     recorded = {
@@ -135,6 +140,7 @@ def collect_fisher(
     )
     head = Head(model)
     with frozen(model), work.signals_held_back() as signalled:
+        head.check_causal(model)
         # A batch is over when the next one is asked for: then checkpoints, signals, progress and `stop` have their turn.
         for number, items in groupby(work.items_in_turn(signalled, progress, stop), key=lambda item: item.point):
             with _taps_at(model, space, home, points[number], backend) as taps:
@@ -204,7 +210,3 @@ def _check_finite(statistics: dict[str, Tensor], space: CoreSpace) -> None:
             f"The scores of {layer} are not finite ({name}): the model overflows in its dtype on these data. Load it in "
             "bfloat16 or float32."
         )
-
-
-def _device(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device

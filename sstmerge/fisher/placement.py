@@ -67,6 +67,11 @@ def base_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield _plain(full_name), _value(*owners[full_name], parameter.detach())
 
 
+def is_sharded(model: nn.Module) -> bool:
+    """Return whether weights are spread over processes (FSDP2), so that a pass needs all of them together."""
+    return any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
+
+
 def _plain(name: str) -> str:
     """Return a parameter's name without what PEFT and torch.compile put into it."""
     return name.replace("_orig_mod.", "").replace("base_model.model.", "").replace(".base_layer.", ".")
