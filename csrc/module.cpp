@@ -143,9 +143,8 @@ void torch_dare(const std::string& dtype, std::uintptr_t values, std::uintptr_t 
     require(probability >= 0 && probability <= 1, "the probability must be between 0 and 1");
     require(sstmerge::is_valid(*pointer<sstmerge::TorchGeneratorState>(generator_state)),
             "these bytes are not the state of torch's CPU generator");
-    sstmerge::torch_dare(dtype_named(dtype), reinterpret_cast<const void*>(values), reinterpret_cast<void*>(output),
-                         size, probability, density,
-                         pointer<sstmerge::TorchGeneratorState>(generator_state));
+    sstmerge::torch_dare(dtype_named(dtype), pointer<const void>(values), pointer<void>(output), size, probability,
+                         density, pointer<sstmerge::TorchGeneratorState>(generator_state));
 }
 
 // The calls of cuSOLVER and cuBLAS are there for both types; Python says which by a flag.

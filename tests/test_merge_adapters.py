@@ -20,7 +20,10 @@ from sstmerge.errors import AdapterError, FisherError, InputError, OutputError
 from sstmerge.merging.methods import REGISTRY, runner
 from sstmerge.merging.methods.task import plan
 
-DATA_FREE = [name for name, method in REGISTRY.methods.items() if set(method.needs) <= {"safety"}]
+# PEFT's types on factors take adapters of one rank, which these are not.
+DATA_FREE = [
+    name for name, row in REGISTRY.methods.items() if set(row.needs) <= {"safety"} and not name.startswith("peft_")
+]
 
 
 def arguments(method: str) -> dict:

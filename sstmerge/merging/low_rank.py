@@ -1,66 +1,18 @@
-"""The best approximation of a given rank: of a dense matrix by block Krylov iteration, and of a product of factors."""
+"""The singular value decomposition of a product, and of a weighted sum of products, of low rank, without forming it."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-# Wider than the rank by this many columns, so that the last wanted singular values converge as fast as the first.
-_OVERSAMPLING = 8
-# A block is appended until the residual of every wanted singular pair is below this share of the largest singular value;
-# products in float32 cannot be told from exact ones below 1e-7 or so.
-_RESIDUAL = 1e-6
-_ROUNDING = 1e-7
-# Stop there and take what has been found: matrices without a gap in their spectrum, where the wanted subspace is ambiguous
-# and any of the candidates is as good an approximation as any other.
-_LARGEST_BASIS = 40
-
-
-def truncated_svd(matrix: Tensor, rank: int, *, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the leading singular triplets of a dense matrix.
-
-    Block Krylov iteration (Musco and Musco 2015, https://arxiv.org/abs/1504.05477): the products X (XᵀX)^i Ω of a random
-    block Ω span a space that contains the leading singular vectors; it is kept orthonormal, and grows until they are in it.
-
-    Args:
-        matrix: X, shape (m, n), float32 or float64.
-        rank: Number k of triplets, at most min(m, n).
-        seed: Seed of Ω.
-
-    Returns:
-        U (m, k), σ (k,), falling, and V (n, k), float64. Values below the rounding of float32 are zero, and so are their
-        columns of U.
-    """
-    if matrix.shape[0] < matrix.shape[1]:
-        left, values, right = truncated_svd(matrix.mT, rank, seed=seed)
-        return right, values, left
-    columns = matrix.shape[1]
-    width = rank + _OVERSAMPLING
-    if columns <= 4 * width:
-        left, values, right = torch.linalg.svd(matrix.double(), full_matrices=False)
-        return left[:, :rank], values[:rank], right.mT[:, :rank]
-    generator = torch.Generator().manual_seed(seed)
-    block = torch.randn(columns, width, generator=generator, dtype=torch.float64).to(matrix)
-    basis = torch.linalg.qr(block).Q
-    image = matrix @ basis
-    while True:
-        values, vectors = _leading(image, rank)
-        U = image.double() @ vectors / values.where(values > 0, 1.0)
-        V = basis.double() @ vectors
-        # X V = U σ holds by construction; what may be missing is Xᵀ U = V σ.
-        back = (matrix.mT @ U.to(matrix.dtype)).double()
-        residual = torch.linalg.vector_norm(back - V * values, dim=0).max()
-        if not residual > _RESIDUAL * values[0] or basis.shape[1] + width > min(columns, _LARGEST_BASIS * width):
-            return U, values, V
-        block = matrix.mT @ image[:, -width:]
-        for _ in range(2):  # once leaves what rounding has let in
-            block = torch.linalg.qr(block - basis @ (basis.mT @ block)).Q
-        basis = torch.cat([basis, block], dim=1)
-        image = torch.cat([image, matrix @ block], dim=1)
+# Cholesky pivots of the unit rows of A below which the Gram matrix is too ill-conditioned to be divided by.
+_SMALLEST_PIVOT = 1e-3
 
 
 def compress(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the singular value decomposition of B A, without forming it.
+    """Return the singular value decomposition of B A.
 
     Args:
         B: Shape (..., m, k).
@@ -74,13 +26,49 @@ def compress(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return left.Q @ U, values, right.Q @ V.mT
 
 
-def _leading(image: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Return the leading singular values and right singular vectors of a tall matrix.
+def weighted_sum_svd(
+    A: Sequence[Tensor], B: Sequence[Tensor], weights: Sequence[float], rank: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the leading singular triplets of Σ_t w_t B_t A_t.
 
-    The Gram matrix halves the digits of small singular values, but those of the leading ones are kept. What is below the
-    rounding of float32 is zero.
+    With the stacks B = [w_t B_t] and A, and A Aᵀ = L Lᵀ, the eigenpairs of Lᵀ (BᵀB) L are the squared singular values σ² and
+    vectors Y with u σ = B L y and vᵀ = yᵀ L⁻¹ A: two small Gram matrices, one Cholesky factor and one eigenproblem, in
+    float64. Where the rows of A are nearly dependent, or the factors are float64 themselves, both stacks are orthogonalised
+    instead (QR), and the SVD is that of the product of the triangles.
+
+    Args:
+        A: Factors that read the input, each (r_t, d_in).
+        B: Factors that write the output, each (d_out, r_t).
+        weights: One weight per adapter, scaling included.
+        rank: Number k of triplets; at most Σ r_t, d_out and d_in.
+
+    Returns:
+        U (d_out, k), σ (k,), falling, and V (d_in, k), float64.
     """
-    image = image.double()
-    squared, vectors = torch.linalg.eigh(image.mT @ image)
-    values = squared.flip(0)[:rank].clamp_min(0.0).sqrt()
-    return torch.where(values > _ROUNDING * values[0], values, 0.0), vectors.flip(1)[:, :rank]
+    A_stack = torch.cat([factor.detach() for factor in A]).double()
+    B_stack = torch.cat([factor.detach() for factor in B], dim=1).double()
+    scale = torch.cat([A_stack.new_full((factor.shape[0],), weight) for factor, weight in zip(A, weights, strict=True)])
+    # Unit rows of A: the conditioning then does not depend on how a rank-one term is split between its two factors.
+    norms = A_stack.norm(dim=1)
+    norms = torch.where(norms > 0, norms, 1.0)
+    scale = scale * norms
+    # A Cholesky factor needs independent rows.
+    if A[0].dtype != torch.float64 and A_stack.shape[0] <= A_stack.shape[1]:
+        lower, failed = torch.linalg.cholesky_ex((A_stack @ A_stack.mT) / norms / norms[:, None])
+        if int(failed) == 0 and float(lower.diagonal().min()) > _SMALLEST_PIVOT:
+            return _from_gram(A_stack, B_stack, norms, scale, lower, rank)
+    left, values, right = compress(B_stack * scale, A_stack / norms[:, None])
+    return left[:, :rank], values[:rank], right[:, :rank]
+
+
+def _from_gram(
+    A: Tensor, B: Tensor, norms: Tensor, scale: Tensor, lower: Tensor, rank: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Decompose (B · scale)(A / norms) from the Cholesky factor of the Gram matrix of A / norms."""
+    inner = lower.mT @ ((B.mT @ B) * scale * scale[:, None]) @ lower
+    squares, vectors = torch.linalg.eigh(inner)
+    squares, vectors = squares[-rank:].flip(0), vectors[:, -rank:].flip(1)
+    values = squares.clamp_min(0).sqrt()
+    right = A.mT @ (torch.linalg.solve_triangular(lower.mT, vectors, upper=True) / norms[:, None])
+    left = B @ (scale[:, None] * (lower @ vectors))
+    return left / torch.where(values > 0, values, 1.0), values, right

@@ -25,6 +25,7 @@ def torch_dare(
     density: float,
     *,
     generator: torch.Generator | None = None,
+    in_place: bool = False,
     backend: BackendName = "auto",
 ) -> list[Tensor]:
     """Keep entries at random, each with probability `density`, and divide them by it, as PEFT does.
@@ -37,21 +38,24 @@ def torch_dare(
         density: Probability that an entry is kept, in (0, 1]; rounded to the tensor's dtype, as in PEFT, before an entry is
             drawn, but not in the division.
         generator: The generator of the tensors' device that is drawn from; the default is torch's global one.
+        in_place: Whether the values may be overwritten.
         backend: A name that `backends` lists; "auto" takes the compiled code on a CPU and torch's own functions elsewhere.
             Torch's functions are also taken, with a warning, where the layout of its generator's state is not the known one.
 
     Returns:
-        New tensors, contiguous, of the same shapes and dtypes. A dropped entry is 0 · value.
+        Contiguous tensors of the same shapes and dtypes; new ones, unless the values may be overwritten. A dropped entry is
+        0 · value.
 
     Raises:
         InputError: A dtype, the density or a name is unusable.
         BackendError: The backend asked for is not available.
     """
-    if isinstance(values, str | bytes) or not isinstance(values, Sequence):
+    given: Any = values
+    if isinstance(given, str | bytes) or not isinstance(given, Sequence):
         raise InputError(
-            f"values must be a list of tensors, not {type(values).__name__}: give a single tensor as [tensor]"
+            f"values must be a list of tensors, not {type(given).__name__}: give a single tensor as [tensor]"
         )
-    tensors = [as_tensor(f"values[{i}]", value) for i, value in enumerate(values)]
+    tensors = [as_tensor(f"values[{i}]", value) for i, value in enumerate(given)]
     for i, tensor in enumerate(tensors):
         if tensor.dtype not in _DTYPES:
             raise InputError(f"values[{i}] must be float32, float64, bfloat16 or float16, not {tensor.dtype}")
@@ -62,7 +66,7 @@ def torch_dare(
     if isinstance(density, bool) or not isinstance(density, int | float) or not 0.0 < density <= 1.0:
         raise InputError(f"density must lie in (0, 1], not be {density!r}: it is the probability that an entry is kept")
     device = tensors[0].device if tensors else torch.device("cpu")
-    if generator is not None and not isinstance(generator, torch.Generator):
+    if not isinstance(generator, torch.Generator | None):
         raise InputError(f"generator must be a torch.Generator or None, not {type(generator).__name__}")
     if generator is not None and generator.device.type != device.type:
         raise InputError(f"generator (on {generator.device}) must be on the device of values[0] ({device})")
@@ -74,7 +78,7 @@ def torch_dare(
         warnings.warn(f"DARE draws through torch's own functions, several times slower: {problem}", stacklevel=2)
     if chosen != "cpu_compiled" or problem:
         return reference.torch_dare(tensors, density, generator=generator)
-    return _compiled(tensors, density, generator or torch.default_generator)
+    return _compiled(tensors, density, generator or torch.default_generator, in_place=in_place)
 
 
 @functools.cache
@@ -100,13 +104,15 @@ def generator_problem() -> str:
     return ""
 
 
-def _compiled(tensors: Sequence[Tensor], density: float, generator: torch.Generator) -> list[Tensor]:
+def _compiled(
+    tensors: Sequence[Tensor], density: float, generator: torch.Generator, *, in_place: bool = False
+) -> list[Tensor]:
     extension: Any = load_extension()[0]
     state = generator.get_state()
     results = []
     for tensor in tensors:
         values = tensor.contiguous()
-        output = torch.empty_like(values)
+        output = values if in_place else torch.empty_like(values)
         dtype = str(values.dtype).removeprefix("torch.")
         probability = reference.probability_in(values.dtype, density)
         addresses = values.data_ptr(), output.data_ptr(), values.numel()

@@ -25,6 +25,8 @@ def merge(
     weights: Sequence[float],
     density: float = 1.0,
     majority_sign_method: MajoritySign = "total",
+    *,
+    in_place: bool = False,
 ) -> Tensor:
     """Merge tensors of one shape.
 
@@ -33,10 +35,12 @@ def merge(
 
     Args:
         kind: What to do with the entries.
-        tensors: One tensor per adapter, any shape and floating dtype; consumed one by one, not changed.
+        tensors: One tensor per adapter, any shape and floating dtype; all but those of `ties` and `dare_ties`
+            are consumed one by one.
         weights: One weight per tensor.
         density: Share of entries that is kept, in (0, 1]; not used by `linear`.
         majority_sign_method: What elects the sign: the sum of the entries, or the number of either sign.
+        in_place: Whether the tensors may be overwritten.
 
     Returns:
         The merged tensor, float32 (float64 for float64), the tensors' shape.
@@ -44,19 +48,19 @@ def merge(
     if kind == "ties":
         return _ties([_widen(tensor) for tensor in tensors], weights, density, majority_sign_method)
     if kind == "dare_ties":
-        dropped = [_widen(drop_and_rescale(tensor, density)) for tensor in tensors]
+        dropped = [_widen(drop_and_rescale(tensor, density, in_place=in_place)) for tensor in tensors]
         return _ties(dropped, weights, 1.0, majority_sign_method)
     total = torch.zeros(())
     for position, (tensor, weight) in enumerate(zip(tensors, weights, strict=True)):
         if kind == "magnitude_prune":
             term = ops.magnitude_prune([tensor], density, rounding="down")[0]
         else:
-            term = drop_and_rescale(tensor, density) if kind == "dare_linear" else tensor
+            term = drop_and_rescale(tensor, density, in_place=in_place) if kind == "dare_linear" else tensor
         total = total.add_(term, alpha=weight) if position else _widen(term) * weight
     return total
 
 
-def drop_and_rescale(tensor: Tensor, density: float) -> Tensor:
+def drop_and_rescale(tensor: Tensor, density: float, *, in_place: bool = False) -> Tensor:
     """Keep every entry with probability `density` and divide what is kept by it.
 
     Draws from torch's global generator of the tensor's device, number for number as PEFT's `torch.bernoulli` does: with the
@@ -65,13 +69,14 @@ def drop_and_rescale(tensor: Tensor, density: float) -> Tensor:
     Args:
         tensor: Any shape.
         density: Probability that an entry is kept, in (0, 1]; 1 draws nothing.
+        in_place: Whether `tensor` may be overwritten.
 
     Returns:
         The sparse tensor, the dtype and shape of `tensor`; `tensor` itself at density 1.
     """
     if density >= 1:
         return tensor
-    return ops.torch_dare([tensor], density)[0]
+    return ops.torch_dare([tensor], density, in_place=in_place)[0]
 
 
 def _ties(tensors: Sequence[Tensor], weights: Sequence[float], density: float, method: MajoritySign) -> Tensor:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from peft.tuners.lora import LoraLayer, LoraModel
+from peft.tuners.lora import Linear, LoraLayer, LoraModel
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
@@ -60,17 +60,38 @@ class Layer:
         """Groups of a convolution; 1 elsewhere."""
         return int(getattr(self.module.get_base_layer(), "groups", 1))
 
-    def delta(self, adapter: str) -> Tensor:
-        """Return the dense ΔW in the shape, strides and dtype that PEFT gives it.
+    def delta(self, adapter: str, *, out: Tensor | None = None) -> Tensor:
+        """Return the dense ΔW in the shape and dtype that PEFT gives it: random numbers are drawn in the order of its rows.
 
-        PEFT draws random numbers in the order of these strides. Layers that have no such function (some quantised ones) are
-        linear, and their ΔW is a plain product.
+        Layers that have no such function (some quantised ones) are linear, and their ΔW is a plain product.
+
+        Args:
+            adapter: The adapter.
+            out: Memory from `memory_for_delta`, used if it fits.
+
+        Returns:
+            ΔW, for the caller to change.
         """
+        factors = self.factors(adapter)
+        if self._is_plain(adapter):
+            fits = out is not None and (out.dtype, out.device) == (factors.B.dtype, factors.B.device)
+            product = torch.mm(factors.B, factors.A, out=out if fits else None)
+            return product if factors.scaling == 1 else product.mul_(factors.scaling)
         if hasattr(self.module, "get_delta_weight"):
             delta: Tensor = self.module.get_delta_weight(adapter)
             return delta.detach()
-        factors = self.factors(adapter)
         return (factors.B.float() @ factors.A.float() * factors.scaling).to(factors.B.dtype)
+
+    def memory_for_delta(self, adapter: str) -> Tensor | None:
+        """Return memory for dense ΔW of the dtype of an adapter; None where PEFT makes them in its own way."""
+        factors = self.factors(adapter)
+        return factors.B.new_empty(factors.shape) if self._is_plain(adapter) else None
+
+    def _is_plain(self, adapter: str) -> bool:
+        """Whether PEFT's ΔW is scaling · B A, computed in the dtype of the factors."""
+        dtypes = {parameter.dtype for parameter in self.parameters(adapter)}
+        is_linear = type(self.module) is Linear and not self.module.fan_in_fan_out
+        return is_linear and dtypes in ({torch.float32}, {torch.float64})
 
     def as_matrix(self, delta: Tensor) -> Tensor:
         """Turn a dense ΔW of PEFT's shape into B A, shape (d_out, d_in)."""

@@ -7,11 +7,11 @@ import math
 import torch
 from torch import Tensor
 
+from sstmerge.merging.low_rank import weighted_sum_svd
+from sstmerge.merging.truncated_svd import truncated_svd
 from sstmerge.peft_drop_in import entrywise
 from sstmerge.peft_drop_in.layers import Layer
-from sstmerge.peft_drop_in.low_rank import weighted_sum_svd
 from sstmerge.peft_drop_in.request import DENSE_TYPES, FACTOR_TYPES, SUMS, Request
-from sstmerge.peft_drop_in.truncated_svd import truncated_svd
 
 Triplets = tuple[Tensor, Tensor, Tensor]
 
@@ -108,13 +108,17 @@ def _svd_of_sum(request: Request, layer: Layer, rank: int) -> Triplets:
 def _svd_of_dense(request: Request, layer: Layer, rank: int) -> Triplets:
     members = layer.members(request.adapters)
     names = [request.adapters[index] for index in members]
-    deltas = (layer.delta(name) for name in names)
+    kind = DENSE_TYPES[request.kind]
+    # Where they are consumed one by one, all dense weight changes are formed in the same memory.
+    memory = None if kind in ("ties", "dare_ties") else layer.memory_for_delta(names[0])
+    deltas = (layer.delta(name, out=memory) for name in names)
     merged = entrywise.merge(
-        DENSE_TYPES[request.kind],
+        kind,
         deltas,
         [request.weights[index] for index in members],
         request.density,
         request.majority_sign_method,
+        in_place=True,
     )
     matrix = layer.as_matrix(merged)
     rows = torch.cat([layer.factors(name).A for name in names])
@@ -124,7 +128,7 @@ def _svd_of_dense(request: Request, layer: Layer, rank: int) -> Triplets:
 def _split(triplets: Triplets, clamp: float | None) -> tuple[Tensor, Tensor]:
     """Split U S Vᵀ as PEFT does: B = U S and A = Vᵀ, both clamped at a quantile of all their entries."""
     left, values, right = triplets
-    A, B = right, left * values
+    A, B = right.mT, left * values
     if clamp is not None:
         highest = quantile(torch.cat([B.flatten(), A.flatten()]), clamp)
         A, B = A.clamp(-highest, highest), B.clamp(-highest, highest)

@@ -260,7 +260,8 @@ def plan_table(task: Task, out: str | Path | None) -> Table:
     for name, value in task.options.items():
         table.add_row(f"option {name}", str(value))
     table.add_row("layers", str(len(task.layer_names)))
-    lossless = "what a lossless result takes" if task.method.acts_on == "core" else "the sum of the adapters' ranks"
+    stacked = task.method.acts_on == "factors" and task.method.rank == "lossless"
+    lossless = "the sum of the adapters' ranks" if stacked else "what a lossless result takes"
     table.add_row("rank of the result", lossless if task.rank is None else str(task.rank))
     table.add_row("dtype of the result", _name(task.dtype))
     table.add_row("output", str(out))

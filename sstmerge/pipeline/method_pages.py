@@ -25,6 +25,7 @@ _ACTS_ON = {
 _RANKS = {
     ("core", "lossless"): "what a lossless result takes",
     ("factors", "lossless"): "the sum of the adapters' ranks",
+    ("factors", "largest"): "that of the adapters, which must be one",
     ("core", "largest"): "the largest rank among the adapters",
     ("delta", "largest"): "the largest rank among the adapters",
 }

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from sstmerge.peft_drop_in import truncated_svd as module
-from sstmerge.peft_drop_in.low_rank import weighted_sum_svd
+from sstmerge.merging import truncated_svd as module
+from sstmerge.merging.low_rank import weighted_sum_svd
+from sstmerge.merging.truncated_svd import truncated_svd
 from sstmerge.peft_drop_in.merging import quantile
-from sstmerge.peft_drop_in.truncated_svd import truncated_svd
 
 
 def best(matrix, rank):
@@ -19,7 +19,7 @@ def best(matrix, rank):
 
 def error(triplets, expected):
     left, values, right = (part.double() for part in triplets)
-    return float(((left * values) @ right - expected).norm() / expected.norm())
+    return float(((left * values) @ right.mT - expected).norm() / expected.norm())
 
 
 def draw(*shape, seed=0, dtype=torch.float64):
@@ -37,7 +37,7 @@ def test_the_sum_of_products(rank, dtype, shape):
     dense = sum(w * b.double() @ a.double() for w, a, b in zip(weights, A, B, strict=True))
     left, values, right = weighted_sum_svd(A, B, weights, rank)
     assert error((left, values, right), best(dense, rank)) < 1e-12
-    for basis in (left, right.mT):
+    for basis in (left, right):
         torch.testing.assert_close(basis.mT @ basis, torch.eye(rank, dtype=torch.float64), atol=1e-9, rtol=0)
 
 
@@ -51,7 +51,7 @@ def test_the_same_adapter_twice(weights):
 def test_an_adapter_that_cancels_itself():
     A, B = draw(4, 60, dtype=torch.float32), draw(50, 4, seed=1, dtype=torch.float32)
     left, values, right = weighted_sum_svd([A, A], [B, B], [1.0, -1.0], 4)
-    assert float(((left * values) @ right).abs().max()) < 1e-12
+    assert float(((left * values) @ right.mT).abs().max()) < 1e-12
 
 
 def test_adapters_that_change_nothing():

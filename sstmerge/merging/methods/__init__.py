@@ -1,6 +1,6 @@
 """Every merging method that can be asked for by name."""
 
-from sstmerge.merging.methods import knots, linear, safety, sparse, spectral, statistical
+from sstmerge.merging.methods import factorwise, knots, linear, safety, sparse, spectral, statistical
 from sstmerge.merging.methods.registry import (
     CoreBatch,
     DeltaLayer,
@@ -15,7 +15,7 @@ from sstmerge.merging.methods.registry import (
 from sstmerge.merging.methods.similarity import expert_similarity
 
 REGISTRY = Registry()
-for _family in (linear, sparse, spectral, knots, statistical, safety):
+for _family in (linear, sparse, spectral, knots, statistical, safety, factorwise):
     REGISTRY.add(_family.METHODS)
 
 __all__ = [

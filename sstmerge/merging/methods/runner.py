@@ -15,9 +15,10 @@ from sstmerge.adapters import Adapter, CoreSpace, LoraFactors
 from sstmerge.adapters.adapter import merged_config, natural_order
 from sstmerge.adapters.basis import RANK_TOLERANCE, LayerGroup, build_groups, stackable_layers
 from sstmerge.errors import InputError
-from sstmerge.merging.low_rank import compress, truncated_svd
+from sstmerge.merging.low_rank import compress
 from sstmerge.merging.methods.registry import ActsOn, CoreBatch, DeltaLayer, FactorLayer, Layers, LowRank, RebasedCores
 from sstmerge.merging.methods.task import Task
+from sstmerge.merging.truncated_svd import truncated_svd
 
 # Bytes of the float64 copies of the layers that are merged together.
 _BATCH_BYTES = 128 * 1024**2
@@ -146,7 +147,9 @@ def _factors(task: Task, batch: Any, result: Any) -> Iterable[tuple[str, LoraFac
     if isinstance(batch, DeltaLayer):
         _check_finite(batch.name, result)
         rank = min(task.rank or min(result.shape), *result.shape)
-        return _split([batch.name], [p[None] for p in truncated_svd(result, rank, seed=task.seed)], task)
+        rows = torch.cat([adapter.layers[batch.name].A for adapter in _members(task, batch.name)[0]])
+        triplets = truncated_svd(result, rank, rows.mT)
+        return _split([batch.name], [part[None] for part in triplets], task)
     return _split(batch.names, _triplets(batch, result), task)
 
 

@@ -37,7 +37,7 @@ class Task:
         options: A value for every option of the method.
         rank: Rank of the result; None where it is what a lossless result takes.
         dtype: Dtype of the result.
-        seed: Seed of the truncated singular value decomposition of dense layers.
+        seed: Seed of whatever is random.
         safety: Index of the safety adapter.
         statistics: What the method needs beside the adapters.
     """
@@ -155,7 +155,6 @@ def _rank(method: Method, adapters: Sequence[Adapter], rank: int | None) -> int 
     if method.acts_on == "factors":
         if rank is not None:
             raise InputError(f"The rank of '{method.name}' is that of its factors; leave it out, or merge by 'svd'.")
-        return None
     if rank is None:
         largest = max(factors.rank for adapter in adapters for factors in adapter.layers.values())
         return largest if method.rank == "largest" else None

@@ -2,8 +2,9 @@
 
 A Chebyshev filter of the Gram operator MᵀM damps everything below the smallest singular value of the block, so that the
 block turns to the leading right singular vectors (Zhou, Saad, Tiago and Chelikowsky 2006,
-https://doi.org/10.1016/j.jcp.2006.03.017). The block is larger than the rank asked for, and starts from a guess: where M is
-a pruned sum of low-rank weight changes, their row space is a very good one.
+https://doi.org/10.1016/j.jcp.2006.03.017). The block starts from a guess: where M is a pruned sum of low-rank weight
+changes, their row space is a very good one. A block much larger than the rank pays: its last singular value is far below
+the wanted ones, so that the filter needs a low degree.
 """
 
 from __future__ import annotations
@@ -35,15 +36,16 @@ def truncated_svd(matrix: Tensor, rank: int, guess: Tensor) -> tuple[Tensor, Ten
         guess: Vectors that roughly span the leading right singular vectors, shape (n, g).
 
     Returns:
-        u (m, k), singular values (k,), falling, and vᵀ (k, n), all in the dtype of M.
+        U (m, k), σ (k,), falling, and V (n, k), float64; found in the dtype of M unless the full SVD was computed.
     """
     block = max(guess.shape[1], rank) + _OVERSAMPLING
     if 2 * block <= min(matrix.shape):
         found = _subspace_iteration(matrix, rank, _start(guess, block, matrix))
         if found is not None:
-            return found
-    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
-    return left[:, :rank], values[:rank], right[:rank]
+            left, values, right = (part.double() for part in found)
+            return left, values, right
+    left, values, right = torch.linalg.svd(matrix.double(), full_matrices=False)
+    return left[:, :rank], values[:rank], right[:rank].mT
 
 
 def _start(guess: Tensor, block: int, matrix: Tensor) -> Tensor:
@@ -63,7 +65,7 @@ def _subspace_iteration(matrix: Tensor, rank: int, right: Tensor) -> tuple[Tenso
             return None  # fewer directions than asked for
         back = matrix.mT @ image
         if _has_converged(values, back, right, rank):
-            return image[:, :rank] / values[:rank], values[:rank], right[:, :rank].mT
+            return image[:, :rank] / values[:rank], values[:rank], right[:, :rank]
         right = torch.linalg.qr(_filter(matrix, right, back, values)).Q
     return None
 
