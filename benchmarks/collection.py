@@ -1,17 +1,22 @@
-"""Cost of collecting a Fisher over the bare pass: time and peak memory, as ratios measured in one process.
+"""Cost of collecting a Fisher against the bare passes and against the peers: time, memory, profiles, in one run.
 
-    python benchmarks/collection.py --base MODEL [--out benchmarks/results/NAME.json]
+    python benchmarks/collection.py [--threads 1 2] [--out benchmarks/results/NAME.json] [--profile FOLDER]
+    python benchmarks/collection.py --base MODEL        the demo's adapters and benign prompts on a model of its shapes
 
-Three bare passes over the same batches, none of them with weight gradients:
+Without --base: random Llamas (hidden 512 with six layers, hidden 1024 with two; vocabulary 2000), two random adapters of
+r = 16 on all seven projections, batches of 8 x 128 tokens, all of which enter the loss. The rows are
 
-    bare       the base model, loss as transformers computes it on the response tokens, gradients of activations down to
-               the embeddings (what any per-example method pays at least)
-    bare head  the same with this package's chunked head on response positions only, and the backward pass ending at the
-               lowest adapted layer: the collection without its taps, the strictest bar
-    PEFT       the bare pass of a PeftModel that carries the utility adapter
+    bare                    PeftModel with one of the adapters, gradients of the LoRA weights: what fine-tuning pays
+    activations, PEFT/base  the same, and the base model, without any weight's gradient
+    sstmerge …              `collect_fisher` as a whole, at the base and at one adapter
+    peers                   `collection_peers.py`; a row is left out, with the reason, where its package is missing
 
-Runs are interleaved; each repetition's ratio is taken within the repetition, and the median is reported. Peak memory is
-the resident set's maximum of a fresh process per variant, less the resident set after loading (Linux only).
+Everybody takes the labels of the data, except where a row says sampled. Runs are interleaved. A ratio is taken within a
+repetition, of process CPU times, so that other work on the machine counts little; medians are reported. The objects differ
+and are named in the result: a peer's K-FAC is of lora_A and lora_B apart, in full dimension; ours is of the weight change
+in the span of both adapters. EK-FAC of the peers takes two passes, the covariances and the squares in their eigenbasis
+(whose computation is not counted); their row is the sum. Peak memory is the growth of the resident set's maximum in a fresh
+process, over what the loaded model takes (Linux only).
 """
 
 from __future__ import annotations
@@ -19,121 +24,139 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import platform
 import statistics
 import time
 from collections.abc import Callable
-from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
+from collection_peers import PEERS
+from collection_workload import (
+    RANDOM_MODELS,
+    Workload,
+    activation_gradients,
+    bare,
+    demo_workload,
+    random_workload,
+)
+from measuring import machine, write_results
+from rich.console import Console
+from rich.table import Table
 
-from sstmerge.adapters import CoreSpace, load_adapter
-from sstmerge.fisher import Batch, collect_fisher
-from sstmerge.fisher.head import Head, label_scores
-from sstmerge.fisher.taps import frozen
-from sstmerge.pipeline.calibration import CollectionOptions, batches_of
-from sstmerge.pipeline.evaluate import write_json
-from sstmerge.pipeline.models import load_model, load_tokenizer
-from sstmerge.prompts import load_examples
+from sstmerge.fisher import collect_fisher
 
-DATA = Path(__file__).resolve().parent.parent / "sstmerge" / "data"
-
-
-@contextmanager
-def embeddings_require_grad(model):
-    handle = model.get_input_embeddings().register_forward_hook(lambda m, i, output: output.requires_grad_())
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-def bare(model, batches: list[Batch]) -> None:
-    with frozen(model), embeddings_require_grad(model):
-        for batch in batches:
-            labels = torch.where(batch.loss_mask, batch.input_ids, -100)
-            logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
-            loss = torch.nn.functional.cross_entropy(
-                logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), reduction="sum", ignore_index=-100
-            )
-            loss.backward()
+Call = Callable[[], object]
+BARS = ("bare", "activations, base", "activations, PEFT", "dattri LoGra hook")
+# Peers' two-pass methods: the row, and the rows it is the sum of.
+SUMS = {
+    "kronfluence EK-FAC": ("kronfluence K-FAC", "kronfluence EK-FAC, second pass"),
+    "bergson EK-FAC": ("bergson K-FAC", "bergson EK-FAC, second pass"),
+}
+PROFILED = ("activations, base", "sstmerge kfac at base", "sstmerge global at adapter", "sstmerge diagonal at base")
 
 
-def bare_head(model, batches: list[Batch]) -> None:
-    head = Head(model)
-    with frozen(model), _first_layer_requires_grad(model):
-        for batch in batches:
-            captured: list[torch.Tensor] = []
-            with head.capturing(captured):
-                model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
-            predicts = torch.zeros_like(batch.loss_mask)
-            predicts[:, :-1] = batch.loss_mask[:, 1:]
-            hidden = captured[0][predicts]
-            labels = batch.input_ids[:, 1:][batch.loss_mask[:, 1:]]
-            weight = torch.ones(len(labels))
-            gradients = label_scores(head, hidden, lambda p, rows, y=labels: y[rows][None], weight)
-            hidden.backward(gradients[0])
+def collection(work: Workload, *, structure: str, reference: str, labels: str = "data") -> Call:
+    point = "base" if reference == "base" else work.adapters[0].name
+    model, space = work.model, work.space
+    return lambda: collect_fisher(model, work.batches, space, structure=structure, labels=labels, reference=point)
 
 
-@contextmanager
-def _first_layer_requires_grad(model):
-    anchor = torch.zeros((), requires_grad=True)
-    projections = [m for name, m in model.named_modules() if ".layers.0." in name and isinstance(m, torch.nn.Linear)]
-    handles = [m.register_forward_hook(lambda m, i, output: output + anchor.to(output.dtype)) for m in projections]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+def builders() -> dict[str, tuple[str, Callable[[Workload], Call]]]:
+    """Return what every row's object is, and what builds its call."""
+    rows: dict[str, tuple[str, Callable[[Workload], Call]]] = {
+        "bare": ("gradients of the LoRA weights, summed over the batch", bare),
+        "activations, base": ("no gradient of any weight", partial(activation_gradients, peft=False)),
+        "activations, PEFT": ("no gradient of any weight", partial(activation_gradients, peft=True)),
+    }
+    objects = {
+        "kfac": "input and gradient covariances of the weight change in the span of both adapters",
+        "global": "per-example gradients of the weight change in the span of both adapters: exact",
+        "diagonal": "squares of per-example gradients of the weight change in the span of both adapters",
+    }
+    for structure, what in objects.items():
+        for reference in ("base", "adapter"):
+            build = partial(collection, structure=structure, reference=reference)
+            rows[f"sstmerge {structure} at {reference}"] = (what, build)
+    sampled = partial(collection, structure="kfac", reference="base", labels="sampled")
+    rows["sstmerge kfac at base, sampled"] = (objects["kfac"] + ", true Fisher", sampled)
+    return rows | {name: (what, build) for name, what, build in PEERS}
 
 
-def variants(base: str, limit: int) -> dict[str, Callable[[], None]]:
-    model, tokenizer = load_model(base), load_tokenizer(base)
-    options = CollectionOptions()
-    examples = load_examples(str(DATA / "benign.jsonl"), split="calibration", limit=limit)
-    batches = batches_of(model, tokenizer, examples, options)
-    adapters = [load_adapter(DATA / "adapters" / name, name=name) for name in ("utility", "safety")]
-    space = CoreSpace.of(adapters)
+def workload(name: str, base: str | None, batches: int) -> Workload:
+    return demo_workload(base, 8 * batches) if base else random_workload(name, batches)
 
-    def collect(structure: str, reference: str, labels: str = "sampled") -> Callable[[], None]:
-        return lambda: (
-            collect_fisher(model, batches, space, structure=structure, labels=labels, reference=reference) and None
-        )
 
-    def peft_pass() -> None:
-        bare(peft_model(), batches)
-
-    cached: dict[str, torch.nn.Module] = {}
-
-    def peft_model():
-        if "peft" not in cached:
-            from peft import PeftModel
-
-            other = load_model(base)
-            cached["peft"] = PeftModel.from_pretrained(other, DATA / "adapters" / "utility").to(other.dtype).eval()
-        return cached["peft"]
-
+def measure(work: Workload, repetitions: int) -> dict[str, object]:
+    calls: dict[str, Call] = {}
+    skipped = {}
+    for name, (_, build) in builders().items():
+        try:
+            calls[name] = build(work)
+            calls[name]()
+        except ImportError as error:
+            skipped[name] = f"{error.name} is not installed"
+        except Exception as error:  # noqa: BLE001 a peer that fails on this machine is a result, not the end of the run
+            calls.pop(name, None)
+            if name not in {peer for peer, _, _ in PEERS}:
+                raise
+            skipped[name] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    cpu: dict[str, list[float]] = {name: [] for name in calls}
+    wall: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(repetitions):
+        for name, call in calls.items():
+            start, start_wall = time.process_time(), time.perf_counter()
+            call()
+            cpu[name].append(time.process_time() - start)
+            wall[name].append(time.perf_counter() - start_wall)
+    for name, parts in SUMS.items():
+        if all(part in cpu for part in parts):
+            for times in (cpu, wall):
+                times[name] = [sum(values) for values in zip(*(times[part] for part in parts), strict=True)]
+    objects = {name: what for name, (what, _) in builders().items()}
     return {
-        "bare": lambda: bare(model, batches),
-        "bare head": lambda: bare_head(model, batches),
-        "PEFT": peft_pass,
-        **{
-            f"{structure} at {reference}": collect(structure, reference)
-            for structure in ("diagonal", "kfac", "global", "block")
-            for reference in ("base", "utility")
+        "model": work.name,
+        "threads": torch.get_num_threads(),
+        "tokens": work.tokens,
+        "rows": {
+            name: {
+                "object": objects.get(name, "both passes"),
+                "cpu_seconds": times,
+                "microseconds_per_token": 1e6 * statistics.median(times) / work.tokens,
+                "tokens_per_second": work.tokens / statistics.median(wall[name]),
+                "ratios": {bar: ratio(times, cpu[bar]) for bar in BARS if bar in cpu},
+            }
+            for name, times in cpu.items()
         },
-        "tokens": lambda: print(sum(int(b.attention_mask.sum()) for b in batches)),
+        "skipped": skipped,
     }
 
 
-def peak(base: str, limit: int, name: str, queue) -> None:
-    """Put the growth of the resident set's maximum into the queue, in KiB (Linux)."""
-    runs = variants(base, limit)
+def ratio(times: list[float], bar: list[float]) -> float:
+    return statistics.median(own / other for own, other in zip(times, bar, strict=True))
+
+
+# ---- memory ----------------------------------------------------------------------------------------------------------
+
+
+def peak_memory(name: str, base: str | None, batches: int, row: str) -> float | None:
+    """Return the growth of the resident set's maximum in a fresh process, in MiB; None where the row failed."""
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    process = context.Process(target=_peak, args=(name, base, batches, row, torch.get_num_threads(), queue))
+    process.start()
+    process.join()
+    return None if queue.empty() else queue.get() / 1024
+
+
+def _peak(name: str, base: str | None, batches: int, row: str, threads: int, queue: multiprocessing.Queue) -> None:
+    torch.set_num_threads(threads)
+    work = workload(name, base, batches)
+    _ = work.model if "base" in row or "sstmerge" in row or "dattri" in row else work.peft_model
     # ru_maxrss survives exec, so it would show the parent's maximum; the kernel's high-water mark can be reset.
     Path("/proc/self/clear_refs").write_text("5")
     before = _status("VmRSS")
-    runs[name]()
+    builders()[row][1](work)()
     queue.put(_status("VmHWM") - before)
 
 
@@ -142,51 +165,78 @@ def _status(field: str) -> int:
     return int(next(line for line in lines if line.startswith(field + ":")).split()[1])
 
 
+# ---- profiles --------------------------------------------------------------------------------------------------------
+
+
+def write_profiles(work: Workload, folder: Path) -> None:
+    """Write the operations that take the most time in some rows, as text and JSON, by torch.profiler."""
+    from torch.profiler import ProfilerActivity, profile
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for row in PROFILED:
+        call = builders()[row][1](work)
+        call()
+        with profile(activities=[ProfilerActivity.CPU]) as recorded:
+            call()
+        averages = recorded.key_averages()
+        stem = f"{work.name} {row}".replace(", ", " ").replace(" ", "-")
+        table = averages.table(sort_by="self_cpu_time_total", row_limit=15, max_name_column_width=48)
+        (folder / f"{stem}.txt").write_text(table + "\n", encoding="utf-8")
+        total = sum(event.self_cpu_time_total for event in averages)
+        top = sorted(averages, key=lambda event: -event.self_cpu_time_total)[:15]
+        operations = [
+            {"operation": event.key, "share": event.self_cpu_time_total / total, "calls": event.count} for event in top
+        ]
+        content = {"machine": machine(torch.device("cpu")), "tokens": work.tokens, "operations": operations}
+        write_results(folder / f"{stem}.json", content)
+
+
+def print_run(run: dict, memory: dict[str, float | None], console: Console) -> None:
+    bars = [bar for bar in BARS if bar in run["rows"]]
+    table = Table(
+        "row", "µs/token", *(f"/ {bar}" for bar in bars), "MiB", title=f"{run['model']}, {run['threads']} threads"
+    )
+    for name, row in run["rows"].items():
+        ratios = (f"{row['ratios'][bar]:.3f}" for bar in bars)
+        used = memory.get(name)
+        table.add_row(name, f"{row['microseconds_per_token']:.0f}", *ratios, "" if used is None else f"{used:.0f}")
+    console.print(table)
+    for name, reason in run["skipped"].items():
+        console.print(f"left out: {name}: {reason}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base", required=True)
-    parser.add_argument("--limit", type=int, default=48)
+    parser.add_argument("--base", help="directory or hub id of the demo's model instead of random ones")
+    parser.add_argument("--models", nargs="*", default=list(RANDOM_MODELS), choices=list(RANDOM_MODELS))
+    parser.add_argument("--batches", type=int, default=1, help="batches of 8 sequences")
     parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--threads", type=int, nargs="+", default=[torch.get_num_threads()])
     parser.add_argument("--no-memory", action="store_true")
+    parser.add_argument("--profile", type=Path, metavar="FOLDER", help="write operation tables instead of timings")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
-    runs = variants(arguments.base, arguments.limit)
-    runs.pop("tokens")
-    for run in runs.values():
-        run()
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(arguments.repetitions):
-        for name, run in runs.items():
-            start = time.perf_counter()
-            run()
-            seconds[name].append(time.perf_counter() - start)
-    ratios = {
-        bar: {
-            name: statistics.median(t / b for t, b in zip(times, seconds[bar], strict=True))
-            for name, times in seconds.items()
-        }
-        for bar in ("bare", "bare head", "PEFT")
-    }
-    memory = {}
-    if not arguments.no_memory:
-        context = multiprocessing.get_context("spawn")
-        for name in ("bare", "bare head", "kfac at base", "kfac at utility", "global at base", "global at utility"):
-            queue = context.Queue()
-            process = context.Process(target=peak, args=(arguments.base, arguments.limit, name, queue))
-            process.start()
-            memory[name] = queue.get() / 1024
-            process.join()
-    result = {
-        "machine": {"processor": platform.processor() or platform.machine(), "threads": torch.get_num_threads()},
-        "torch": torch.__version__,
-        "model": Path(arguments.base).name,
-        "seconds": seconds,
-        "ratios": ratios,
-        "peak_memory_mib": memory,
-    }
-    print(json.dumps({"ratios": ratios, "peak_memory_mib": memory}, indent=2))
-    if arguments.out:
-        write_json(result, arguments.out)
+    console = Console()
+    content: dict = {"machine": machine(torch.device("cpu")), "runs": []}
+    for name in [arguments.base] if arguments.base else arguments.models:
+        for threads in arguments.threads:
+            torch.set_num_threads(threads)
+            work = workload(name, arguments.base, arguments.batches)
+            if arguments.profile:
+                write_profiles(work, arguments.profile)
+                continue
+            run = measure(work, arguments.repetitions)
+            memory = {}
+            if not arguments.no_memory and threads == arguments.threads[0]:
+                measured = [row for row in run["rows"] if row not in SUMS]
+                memory = {row: peak_memory(name, arguments.base, arguments.batches, row) for row in measured}
+                run["peak_memory_mib"] = memory
+            content["runs"].append(run)
+            print_run(run, memory, console)
+            if arguments.out:
+                write_results(arguments.out, content)
+    if not arguments.out and not arguments.profile:
+        console.print_json(json.dumps(content))
 
 
 if __name__ == "__main__":

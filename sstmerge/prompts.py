@@ -18,7 +18,7 @@ import torch
 from jinja2.exceptions import TemplateError
 
 from sstmerge.errors import DataError, InputError
-from sstmerge.fisher.batch import Batch
+from sstmerge.fisher.batch import Batch, length_groups
 from sstmerge.prompt_files import Row, either, numbered_rows
 
 ROLES = ("system", "user", "assistant")
@@ -336,13 +336,7 @@ def make_batches(
         raise InputError(
             f"tokens_per_batch and batch_size must be at least 1, got {tokens_per_batch} and {batch_size}."
         )
-    groups: list[list[int]] = []
-    for position in sorted(range(len(encoded)), key=lambda position: len(encoded[position].input_ids)):
-        # Lengths ascend, so the newest sequence decides the width of the whole batch.
-        largest = max(1, tokens_per_batch // len(encoded[position].input_ids))
-        if not groups or len(groups[-1]) >= min(largest, batch_size or largest):
-            groups.append([])
-        groups[-1].append(position)
+    groups = length_groups([len(example.input_ids) for example in encoded], tokens_per_batch, batch_size)
     return [_batch(encoded, group, pad_token_id) for group in groups]
 
 

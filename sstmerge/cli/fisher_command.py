@@ -9,12 +9,14 @@ import typer
 
 from sstmerge.cli.app import ConfigOption, app, fail_on, parse_named
 from sstmerge.cli.merge_commands import (
+    CheckEvery,
     Device,
     Draws,
     Dtype,
     IgnoreBaseName,
     Limit,
     MaxLength,
+    MaxSamples,
     Overwrite,
     Quantization,
     ResponseTokens,
@@ -22,6 +24,7 @@ from sstmerge.cli.merge_commands import (
     Split,
     Structure,
     TokensPerBatch,
+    Tolerance,
     WeightSharing,
 )
 from sstmerge.cli.reporting import console
@@ -56,6 +59,9 @@ def fisher(
     tokens_per_batch: TokensPerBatch = 1024,
     draws: Draws = 1,
     weight_sharing: WeightSharing = "expand",
+    tolerance: Tolerance = None,
+    max_samples: MaxSamples = None,
+    check_every: CheckEvery = 16,
     completion_tokens: Annotated[
         int, typer.Option("--completion-tokens", help="Longest generated response of a prompt without one.")
     ] = 32,
@@ -92,6 +98,9 @@ def fisher(
         weight_sharing=weight_sharing,
         completion_tokens=completion_tokens,
         seed=seed,
+        tolerance=tolerance,
+        max_samples=max_samples,
+        check_every=check_every,
     )
     adapters = parse_named(adapter, "--adapter")
     device = device or own_device()

@@ -45,6 +45,16 @@ ResponseTokens = Annotated[
 MaxLength = Annotated[int | None, typer.Option("--max-length", help="Longest sequence in tokens; the model's context.")]
 TokensPerBatch = Annotated[int, typer.Option("--tokens-per-batch", help="Tokens per forward pass, padding included.")]
 Draws = Annotated[int, typer.Option("--draws", help="Draws of sampled labels per forward pass.")]
+Tolerance = Annotated[
+    float | None,
+    typer.Option(
+        "--tolerance", help="Stop collecting when this relative error is reached, such as 0.1; all data without."
+    ),
+]
+MaxSamples = Annotated[
+    int | None, typer.Option("--max-samples", help="Collect at most N sequences of each kind, a random choice.")
+]
+CheckEvery = Annotated[int, typer.Option("--check-every", help="Sequences between two looks, with --tolerance.")]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of the sampled labels.")]
 Split = Annotated[str | None, typer.Option("--split", help="Use only rows of this split of the prompt files.")]
 Limit = Annotated[int | None, typer.Option("--limit", help="Use only the first N rows of each prompt file.")]
@@ -116,6 +126,9 @@ def merge(
     tokens_per_batch: TokensPerBatch = 1024,
     draws: Draws = 1,
     weight_sharing: WeightSharing = "expand",
+    tolerance: Tolerance = None,
+    max_samples: MaxSamples = None,
+    check_every: CheckEvery = 16,
     completion_tokens: Annotated[
         int, typer.Option("--completion-tokens", help="Longest generated response of a benign prompt without one.")
     ] = 32,
@@ -174,6 +187,9 @@ def merge(
         module_share=module_share,
         dimension_share=dimension_share,
         pilot=pilot,
+        tolerance=tolerance,
+        max_samples=max_samples,
+        check_every=check_every,
     )
     shared: dict[str, Any] = {
         "utility": utility or [],

@@ -57,6 +57,8 @@ class BatchScores:
 
     def _forward(self) -> Tensor:
         """Return the hidden states at the positions that predict a response token, shape (N, d)."""
+        one_token = {"input_ids": self.batch.input_ids[:1, :1], "attention_mask": self.batch.attention_mask[:1, :1]}
+        self.taps.find_shared_inputs(lambda: self.model(**one_token, use_cache=False))
         captured: list[Tensor] = []
         with torch.enable_grad(), self.head.capturing(captured):
             output = self.model(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,14 @@ from torch import nn
 
 from sstmerge.adapters import CoreSpace
 from sstmerge.errors import InputError
-from sstmerge.fisher import Batch, Fisher, collect_fisher, installed_taps, reference_points
+from sstmerge.fisher import Batch, Fisher, KroneckerBasis, collect_fisher, installed_taps, reference_points
 from sstmerge.gevp import KroneckerSpectrum, solve
 from sstmerge.merging import ModuleFilter, module_filter
+from sstmerge.merging.convergence import Step, adapters_sum
 from sstmerge.pipeline.answers import answer
 from sstmerge.pipeline.progress import Progress, no_progress, token_progress
 from sstmerge.pipeline.run import Run
+from sstmerge.pipeline.sequential import StoppingRule, converge_pair
 from sstmerge.prompts import (
     Example,
     completions_missing,
@@ -45,6 +48,10 @@ class CollectionOptions:
         module_share: Collect only in this share of the modules, the best of a pilot; None for all.
         dimension_share: Share of the basis vectors of each of them.
         pilot: Sequences of each kind in the pilot.
+        tolerance: Stop collecting when the merge's predicted KL and its step are known to this relative error; None
+            collects all there is (`sstmerge.pipeline.sequential`).
+        max_samples: Collect at most so many sequences of each kind, a random choice; None for all.
+        check_every: Sequences of each kind between two looks.
     """
 
     structure: str = "global"
@@ -59,6 +66,19 @@ class CollectionOptions:
     module_share: float | None = None
     dimension_share: float = 1.0
     pilot: int = 16
+    tolerance: float | None = None
+    max_samples: int | None = None
+    check_every: int = 16
+
+    def __post_init__(self) -> None:
+        _ = self.stopping_rule  # refuses numbers that make no sense before a model is loaded
+
+    @property
+    def stopping_rule(self) -> StoppingRule | None:
+        """When to stop collecting, where all there is may be too much."""
+        if self.tolerance is None and self.max_samples is None:
+            return None
+        return StoppingRule(self.tolerance, self.max_samples, self.check_every, self.tokens_per_batch, self.seed)
 
 
 def load_all(paths: str | Path | Sequence[str | Path], *, split: str | None, limit: int | None) -> list[Example]:
@@ -139,10 +159,13 @@ def collect_pair(
     progress: Progress = no_progress,
     run: Run = Run(),  # noqa: B008 (frozen)
     name: str = "",
+    step: Step = adapters_sum,
+    damping: float | None = None,
 ) -> tuple[Fisher, Fisher]:
     """Collect F_gain (labels from the data) and F_cost (labels sampled from the model) at one reference.
 
-    `ekfac` takes two passes: one of `kfac` whose generalized eigenbasis the second one refits eigenvalues in.
+    `ekfac` takes two passes: one of `kfac` whose generalized eigenbasis the second one refits eigenvalues in. With a
+    tolerance the first pass decides how much is collected, and the second one sees the same sequences.
 
     Args:
         model: The base model.
@@ -154,6 +177,9 @@ def collect_pair(
         progress: Progress.
         run: The processes that share the work, and where it is checkpointed.
         name: What tells this pair from others of the run.
+        step: The merge that the pair is for, where `options.tolerance` asks whether it is known well enough; by default the
+            adapters' sum.
+        damping: Relative damping of F_cost in that merge.
 
     Returns:
         F_gain and F_cost.
@@ -161,45 +187,53 @@ def collect_pair(
     Raises:
         InputError: If an option is unusable.
     """
-    basis = None
-    if options.structure == "ekfac":
-        first = collect_pair(
+    rule = options.stopping_rule
+
+    def collect(
+        batches: Sequence[Batch],
+        what: str,
+        labels: str,
+        structure: str,
+        part: str = "",
+        basis: KroneckerBasis | None = None,
+    ) -> Fisher:
+        return collect_fisher(
             model,
+            batches,
             space,
-            harm,
-            benign,
-            replace(options, structure="kfac"),
-            home=home,
-            progress=progress,
-            run=run,
-            name=name,
+            structure=structure,
+            labels=labels,
+            reference=options.reference,
+            reference_space=home,
+            draws=options.draws if labels == "sampled" else 1,
+            weight_sharing=options.weight_sharing,
+            basis=basis,
+            seed=options.seed,
+            metadata={"response_tokens": options.response_tokens},
+            progress=token_progress(" ".join(filter(None, [what, f"({structure})", part])), batches, progress),
+            ranks=run.ranks,
+            checkpoint=run.checkpoint("-".join(filter(None, [name, *what.split(), structure, part]))),
         )
-        spectrum = solve(*first, ranks=run.ranks)
-        if not isinstance(spectrum, KroneckerSpectrum):
-            raise InputError("An EK-FAC basis comes from a pair of kfac Fishers.")
-        basis = spectrum.basis
-    fishers = []
-    for what, batches, labels in (("harm Fisher", harm, "data"), ("benign Fisher", benign, "sampled")):
-        fishers.append(
-            collect_fisher(
-                model,
-                batches,
-                space,
-                structure=options.structure,
-                labels=labels,
-                reference=options.reference,
-                reference_space=home,
-                draws=options.draws if labels == "sampled" else 1,
-                weight_sharing=options.weight_sharing,
-                basis=basis,
-                seed=options.seed,
-                metadata={"response_tokens": options.response_tokens},
-                progress=token_progress(f"{what} ({options.structure})", batches, progress),
-                ranks=run.ranks,
-                checkpoint=run.checkpoint("-".join(filter(None, [name, *what.split(), options.structure]))),
-            )
+
+    gain, cost = (
+        partial(collect, what="harm Fisher", labels="data"),
+        partial(collect, what="benign Fisher", labels="sampled"),
+    )
+    first = options.structure if options.structure != "ekfac" else "kfac"
+    if rule is None:
+        pair = gain(harm, structure=first), cost(benign, structure=first)
+    else:
+        chunks = [lambda b, part, c=c: c(b, structure=first, part=part) for c in (gain, cost)]
+        pair, (harm, benign) = converge_pair(
+            harm, benign, (chunks[0], chunks[1]), step, rule, damping=damping, ranks=run.ranks
         )
-    return fishers[0], fishers[1]
+    if options.structure != "ekfac":
+        return pair
+    spectrum = solve(*pair, ranks=run.ranks)
+    if not isinstance(spectrum, KroneckerSpectrum):
+        raise InputError("An EK-FAC basis comes from a pair of kfac Fishers.")
+    refitted = [c(b, structure="ekfac", basis=spectrum.basis) for c, b in ((gain, harm), (cost, benign))]
+    return refitted[0], refitted[1]
 
 
 def choose_modules(
@@ -227,7 +261,7 @@ def choose_modules(
         The filter.
     """
     few_harm, few_benign = _first_sequences(harm, options.pilot), _first_sequences(benign, options.pilot)
-    diagonal = replace(options, structure="diagonal")
+    diagonal = replace(options, structure="diagonal", tolerance=None, max_samples=None)
     pair = collect_pair(model, space, few_harm, few_benign, diagonal, progress=progress, run=run, name="pilot")
     share = 1.0 if options.module_share is None else options.module_share
     return module_filter(*pair, modules=share, dimensions=options.dimension_share)

@@ -10,12 +10,13 @@ from torch import nn
 
 from sstmerge.adapters import CoreSpace, load_adapter
 from sstmerge.errors import InputError
-from sstmerge.fisher import Fisher, KroneckerBasis, collect_fisher, reference_points
+from sstmerge.fisher import Batch, Fisher, KroneckerBasis, collect_fisher, reference_points
 from sstmerge.fisher.structures import parse_structure
 from sstmerge.gevp import KroneckerSpectrum, solve
 from sstmerge.pipeline.calibration import CollectionOptions, batches_of, complete, load_all
 from sstmerge.pipeline.progress import Progress, no_progress, token_progress
 from sstmerge.pipeline.run import Run
+from sstmerge.pipeline.sequential import converge
 
 
 def collect_file(
@@ -81,22 +82,27 @@ def collect_file(
         run=run,
     )
     batches = batches_of(model, tokenizer, examples, options)
-    fisher = collect_fisher(
-        model,
-        batches,
-        space,
-        structure=options.structure,
-        labels=labels,
-        reference=options.reference,
-        draws=options.draws if labels == "sampled" else 1,
-        weight_sharing=options.weight_sharing,
-        basis=kronecker,
-        seed=options.seed,
-        metadata={"response_tokens": options.response_tokens},
-        progress=token_progress(f"{labels} Fisher ({options.structure})", batches, progress),
-        ranks=run.ranks,
-        checkpoint=run.checkpoint("Fisher"),
-    )
+
+    def collect(part_of_data: Sequence[Batch], part: str = "") -> Fisher:
+        return collect_fisher(
+            model,
+            part_of_data,
+            space,
+            structure=options.structure,
+            labels=labels,
+            reference=options.reference,
+            draws=options.draws if labels == "sampled" else 1,
+            weight_sharing=options.weight_sharing,
+            basis=kronecker,
+            seed=options.seed,
+            metadata={"response_tokens": options.response_tokens},
+            progress=token_progress(f"{labels} Fisher ({options.structure}) {part}".rstrip(), part_of_data, progress),
+            ranks=run.ranks,
+            checkpoint=run.checkpoint("-".join(filter(None, ["Fisher", part]))),
+        )
+
+    rule = options.stopping_rule
+    fisher = collect(batches) if rule is None else converge(batches, collect, rule, ranks=run.ranks)
     if run.ranks.first:
         fisher.save(out)
     return fisher

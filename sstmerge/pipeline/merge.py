@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from sstmerge.adapters import Adapter, save_adapter
 from sstmerge.atomic import refuse_existing
@@ -166,7 +167,16 @@ def merge(
         chosen = choose_modules(model, space, harm_batches, benign_batches, options, progress=progress, run=run)
         space, notes = chosen.space, [chosen.sentence()]
     pair = collect_pair(
-        model, space, harm_batches, benign_batches, options, home=roles.space, progress=progress, run=run
+        model,
+        space,
+        harm_batches,
+        benign_batches,
+        options,
+        home=roles.space,
+        progress=progress,
+        run=run,
+        step=partial(_step, roles, rule=parsed, scale=scale, selection=selection),
+        damping=damping,
     )
     spectrum = solve(*pair, damping=damping, ranks=run.ranks)
     if parsed is Rule.REFIT:
@@ -188,6 +198,15 @@ def merge(
     if out is not None and run.ranks.first:
         result.save(out, overwrite=overwrite)
     return result
+
+
+def _step(roles: Roles, spectrum: Spectrum, *, rule: Rule, scale: float | None, selection: Selection) -> Tensor:
+    """Return the change of the utility model that the merge would make now, shape (D,), in the spectrum's space."""
+    if selection.top is not None:  # few samples list few directions
+        selection = replace(selection, top=min(selection.top, len(spectrum.eigenvalues)))
+    rule = Rule.PROJECT if rule is Rule.REFIT else rule  # which starts from it
+    change = merge_in_part(roles, spectrum, rule=rule, scale=scale, selection=selection).core - roles.utility
+    return change if spectrum.space is roles.space else spectrum.space.embed(change, roles.space)
 
 
 def merge_in_part(

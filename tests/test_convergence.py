@@ -1,0 +1,238 @@
+"""Stopping when converged: intervals that hold under repeated looks, chunks that are samples, the pair and its metadata."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from builders import dense_fisher, random_adapter, random_batch, relative_error
+
+from sstmerge.adapters import CoreSpace
+from sstmerge.errors import InputError
+from sstmerge.fisher import Fisher, collect_fisher
+from sstmerge.fisher.batch import length_groups, regroup
+from sstmerge.fisher.convergence import (
+    Groups,
+    jackknife_error,
+    random_chunks,
+    ratio_interval,
+    single_look,
+    spent,
+)
+from sstmerge.merging.convergence import adapters_sum, pair_look
+from sstmerge.pipeline.calibration import CollectionOptions, collect_pair
+from sstmerge.pipeline.sequential import StoppingRule, converge
+
+LENGTHS = [5 + i % 7 for i in range(24)]
+
+
+@pytest.fixture(scope="module")
+def model(pico_llama):
+    return pico_llama().double()
+
+
+@pytest.fixture(scope="module")
+def space(model):
+    return CoreSpace.of([random_adapter(model, "utility", seed=1), random_adapter(model, "safety", seed=2)])
+
+
+@pytest.fixture(scope="module")
+def batches():
+    return [random_batch(LENGTHS[:12], seed=1), random_batch(LENGTHS[12:], seed=2, first_index=12)]
+
+
+def collector(model, space, structure="kfac", labels="data"):
+    calls = []
+
+    def collect(chunk, part):
+        calls.append((part, sorted(int(i) for batch in chunk for i in batch.index)))
+        return collect_fisher(model, chunk, space, structure=structure, labels=labels, reference="utility")
+
+    return collect, calls
+
+
+# ---- statistics ------------------------------------------------------------------------------------------------------
+
+
+def test_errors_that_looks_may_spend_add_up_to_five_per_cent():
+    assert sum(spent(look) for look in range(1, 10_000)) == pytest.approx(0.05, rel=1e-3)
+
+
+def test_interval_of_a_ratio_is_students_where_all_weights_are_equal():
+    values = torch.tensor([1.0, 2.0, 4.0, 5.0])
+    interval = ratio_interval(values.tolist(), [1.0] * 4, look=1)
+    assert interval.estimate == pytest.approx(3.0)
+    standard_error = float(values.std()) / 2
+    assert interval.half_width == pytest.approx(4.1765 * standard_error, rel=1e-4)  # t with 3 degrees, 0.9875
+    assert ratio_interval(values.tolist(), [1.0] * 4, look=2).half_width > interval.half_width
+    assert ratio_interval([1.0, 2.0], [1.0, 1.0], look=1).half_width == math.inf
+
+
+def test_interval_of_a_ratio_is_zero_where_all_groups_agree():
+    assert ratio_interval([2.0, 4.0, 6.0, 1.0], [1.0, 2.0, 3.0, 0.5], look=1).half_width == pytest.approx(0, abs=1e-12)
+
+
+def test_intervals_of_a_whole_run_hold_together():
+    """Skewed data, 500 runs of ten looks: hardly more than 5 % may have any look whose interval misses the truth."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(5, 15, (500, 8, 10, 16), generator=generator).double()  # runs, groups, chunks, sequences
+    draws = torch.randn(tokens.shape, generator=generator).double()
+    totals = (tokens * (0.7 * draws - 0.245).exp()).sum(dim=3).cumsum(dim=2)  # the ratio is 1
+    tokens = tokens.sum(dim=3).cumsum(dim=2)
+    wrong = 0
+    for run in range(500):
+        looks = [ratio_interval(totals[run, :, n].tolist(), tokens[run, :, n].tolist(), n + 1) for n in range(10)]
+        wrong += any(abs(look.estimate - 1) > look.half_width for look in looks)
+    assert wrong / 500 < 0.06
+
+
+def test_jackknife_of_a_mean_is_its_standard_error():
+    generator = torch.Generator().manual_seed(0)
+    groups = 3 + torch.randn(8, 5, generator=generator, dtype=torch.float64)
+    left_out = [(groups.sum(0) - group) / 7 for group in groups]
+    error = jackknife_error(left_out, lambda v: float(v.square().sum()))
+    expected = (groups.var(dim=0) / 8).sum().sqrt() / groups.mean(dim=0).norm()
+    assert error == pytest.approx(float(expected))
+
+
+# ---- chunks ----------------------------------------------------------------------------------------------------------
+
+
+def test_chunks_are_a_random_partition(batches):
+    chunks = random_chunks(batches, 5, None, seed=3)
+    assert [len(chunk) for chunk in chunks] == [5, 5, 5, 5, 4]
+    assert sorted(i for chunk in chunks for i in chunk) == list(range(24))
+    assert chunks == random_chunks(batches[::-1], 5, None, seed=3)
+    assert chunks != random_chunks(batches, 5, None, seed=4)
+    assert [len(chunk) for chunk in random_chunks(batches, 10, 21, seed=0)] == [10, 11]  # no chunk of one
+
+
+def test_sequences_cut_anew_give_the_same_fisher(model, space, batches):
+    options = {"structure": "kfac", "labels": "sampled", "reference": "safety"}
+    again = regroup(batches, range(24), tokens_per_batch=20)
+    assert max(batch.input_ids.numel() for batch in again) <= 20
+    lengths = [int(length) for batch in again for length in batch.attention_mask.sum(dim=1)]
+    assert lengths == sorted(lengths)
+    assert all(batch.attention_mask.sum(dim=1).max() == batch.input_ids.shape[1] for batch in again)
+    one, other = (collect_fisher(model, b, space, **options) for b in (batches, again))
+    assert relative_error(dense_fisher(one), dense_fisher(other)) < 1e-6
+
+
+def test_groups_of_similar_length_pad_little():
+    lengths = [3, 50, 4, 48, 3, 52]
+    assert length_groups(lengths, 104) == [[0, 4, 2], [3, 1], [5]]
+
+
+# ---- one Fisher ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("structure", ["diagonal", "kfac", "block", "global"])
+def test_groups_can_be_left_out(model, space, batches, structure):
+    collect, _ = collector(model, space, structure)
+    groups = Groups()
+    chunks = random_chunks(batches, 2, None, seed=0)
+    for chunk in chunks:
+        groups.add(collect(regroup(batches, chunk, 64), ""), len(chunk))
+    assert len(groups.parts) == 8
+    assert groups.sequences == 24
+    whole = collect(batches, "")
+    assert relative_error(dense_fisher(groups.whole()), dense_fisher(whole)) < 1e-6
+    # Chunks 1 and 9 are in group 1.
+    rest = [i for number, chunk in enumerate(chunks) if number % 8 != 1 for i in chunk]
+    expected = collect(regroup(batches, rest, 64), "")
+    assert relative_error(dense_fisher(groups.without(1)), dense_fisher(expected)) < 1e-6
+
+
+def test_a_fisher_stops_at_its_tolerance_and_says_so(model, space, batches):
+    collect, calls = collector(model, space)
+    rule = StoppingRule(tolerance=1e-9, max_samples=None, check_every=4, tokens_per_batch=64, seed=0)
+    everything = converge(batches, collect, rule)
+    assert relative_error(dense_fisher(everything), dense_fisher(collect(batches, ""))) < 1e-6
+    recorded = everything.metadata["convergence"]
+    assert (recorded["converged"], recorded["sequences"], recorded["sequences_available"]) == (False, 24, 24)
+    widths = [look["kl"]["half_width"] / look["kl"]["estimate"] for look in recorded["looks"]]
+    assert len(widths) == 4  # from three groups on
+    reached = 1 + next(i for i, width in enumerate(widths) if width <= 1.05 * min(widths))
+    calls.clear()
+    stopped = converge(batches, collect, replace(rule, tolerance=1.05 * min(widths)))
+    assert len(calls) == reached + 2
+    assert stopped.metadata["convergence"]["converged"]
+    last = recorded["looks"][reached - 1] | {"converged": True}
+    assert stopped.metadata["convergence"]["looks"] == [*recorded["looks"][: reached - 1], last]
+    assert stopped.tokens == recorded["looks"][reached - 1]["tokens"][0]
+
+
+def test_interval_of_one_fisher_is_that_of_its_adapters(model, space, batches):
+    collect, _ = collector(model, space, "global")
+    groups = Groups()
+    for chunk in random_chunks(batches, 6, None, seed=0):
+        groups.add(collect(regroup(batches, chunk, 64), ""), len(chunk))
+    look = single_look(groups, 1, tolerance=1e3)
+    values = [0.5 * groups.whole().quadratic(space.core(name)) for name in ("utility", "safety")]
+    assert min(abs(look.kl.estimate / value - 1) for value in values) < 1e-5
+    assert look.converged
+
+
+# ---- a pair ----------------------------------------------------------------------------------------------------------
+
+
+def test_pair_without_noise_has_converged(model, space):
+    """Every group holds the same data under other indices: nothing varies, and the KL is that of the whole."""
+    gain, cost = Groups(), Groups()
+    for number in range(4):
+        batch = random_batch([6, 7, 8, 9], seed=5, first_index=4 * number)
+        for groups, labels in ((gain, "data"), (cost, "data")):
+            groups.add(collector(model, space, "kfac", labels)[0]([batch], ""), 4)
+    look = pair_look(gain, cost, adapters_sum, 1, tolerance=1e-6)
+    assert look.converged
+    assert look.step_error == pytest.approx(0, abs=1e-7)
+    total = space.core("utility") + space.core("safety")
+    assert look.kl.estimate == pytest.approx(0.5 * cost.whole().quadratic(total))
+
+
+@pytest.mark.parametrize("structure", ["kfac", "ekfac", "global"])
+def test_pair_is_collected_in_turns_until_it_is_known(model, space, batches, structure):
+    options = CollectionOptions(structure=structure, reference="utility", tolerance=1e6, check_every=3)
+    gain, cost = collect_pair(model, space, batches, batches, options)
+    assert (gain.counts.sequences.sum(), cost.counts.sequences.sum()) == (9, 9)
+    if structure == "ekfac":
+        return
+    recorded = cost.metadata["convergence"]
+    assert recorded["converged"]
+    assert tuple(recorded["looks"][-1]["sequences"]) == (9, 9)
+    chosen = sorted(i for chunk in random_chunks(batches, 3, None, seed=0)[:3] for i in chunk)
+    expected = collect_fisher(
+        model, regroup(batches, chosen, 64), space, structure=structure, labels="sampled", reference="utility"
+    )
+    assert relative_error(dense_fisher(cost), dense_fisher(expected)) < 1e-6
+
+
+def test_most_samples_are_a_random_choice_of_the_data(model, space, batches):
+    options = CollectionOptions(structure="kfac", reference="utility", max_samples=10)
+    gain, _ = collect_pair(model, space, batches, batches, options)
+    assert gain.counts.sequences.sum() == 10
+    assert not gain.metadata["convergence"]["converged"]
+
+
+def test_convergence_is_in_the_file(model, space, batches, tmp_path):
+    collect, _ = collector(model, space)
+    rule = StoppingRule(tolerance=1e6, max_samples=None, check_every=2, tokens_per_batch=64, seed=0)
+    fisher = converge(batches, collect, rule)
+    fisher.save(tmp_path / "fisher.safetensors")
+    loaded = Fisher.load(tmp_path / "fisher.safetensors", space.adapters)
+    assert loaded.metadata["convergence"]["looks"][0]["sequences"] == [6]
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"tolerance": 0.0}, "tolerance"),
+        ({"max_samples": 0}, "max_samples"),
+        ({"tolerance": 0.1, "check_every": 0}, "check_every"),
+    ],
+)
+def test_numbers_that_make_no_sense_are_refused(option, message):
+    with pytest.raises(InputError, match=message):
+        CollectionOptions(**option)
