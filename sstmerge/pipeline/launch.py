@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public, but not in torch's own list
 
 from sstmerge.errors import InputError, Interrupted, PeerError, SSTMergeError
-from sstmerge.fisher.distributed import ProcessGroup, Ranks
+from sstmerge.fisher.distributed import SILENCE_SECONDS, ProcessGroup, Ranks
 from sstmerge.fisher.interruption import interruptible
 
 # How long the first processes wait for the last one to start.
@@ -25,11 +25,14 @@ _GRACE_SECONDS = 120
 
 
 @contextmanager
-def joined_ranks() -> Iterator[Ranks]:
+def joined_ranks(*, silence: float = SILENCE_SECONDS) -> Iterator[Ranks]:
     """Join the other processes of a launcher (torchrun, accelerate launch, `--launch`), if there are any.
 
     An error in one process ends all of them, and only the first to fail may report it: in the others the exception says
     so.
+
+    Args:
+        silence: Seconds after which a process without a sign of life is taken for dead.
 
     Yields:
         The processes.
@@ -44,7 +47,7 @@ def joined_ranks() -> Iterator[Ranks]:
             yield Ranks()
         return
     _join()
-    group = ProcessGroup()
+    group = ProcessGroup(silence=silence)
     try:
         with interruptible():
             yield group
