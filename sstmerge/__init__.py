@@ -9,7 +9,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from sstmerge.adapters import Adapter, CoreSpace, adapter_from_model, load_adapter, save_adapter
-    from sstmerge.fisher import Batch, Fisher, collect_fisher
+    from sstmerge.fisher import Batch, Fisher, Sketch, collect_fisher, collect_sketch, load_sketch, save_sketch
     from sstmerge.gevp import solve
     from sstmerge.merging import Selection, merge_cores, merge_experts
     from sstmerge.peft_drop_in import add_weighted_adapter, peft_backend
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 _EXPORTS = {
     "sstmerge.adapters": ("Adapter", "CoreSpace", "adapter_from_model", "load_adapter", "save_adapter"),
-    "sstmerge.fisher": ("Batch", "Fisher", "collect_fisher"),
+    "sstmerge.fisher": ("Batch", "Fisher", "Sketch", "collect_fisher", "collect_sketch", "load_sketch", "save_sketch"),
     "sstmerge.gevp": ("solve",),
     "sstmerge.merging": ("Selection", "merge_cores", "merge_experts"),
     "sstmerge.peft_drop_in": ("add_weighted_adapter", "peft_backend"),
@@ -36,13 +36,16 @@ __all__ = [
     "CoreSpace",
     "Fisher",
     "Selection",
+    "Sketch",
     "StatisticsFiles",
     "__version__",
     "adapter_from_model",
     "add_weighted_adapter",
     "available_methods",
     "collect_fisher",
+    "collect_sketch",
     "load_adapter",
+    "load_sketch",
     "merge",
     "merge_adapters",
     "merge_cores",
@@ -50,6 +53,7 @@ __all__ = [
     "merge_from_fishers",
     "peft_backend",
     "save_adapter",
+    "save_sketch",
     "solve",
 ]
 

@@ -1,13 +1,13 @@
 """A sketch of a base model: low-rank K-FAC factors in full dimension, for adapters that do not exist yet.
 
 For every linear layer it holds, per split half, the sums S_x = Σ x xᵀ (d_in, d_in) and S_δ = Σ δ δᵀ (d_out, d_out) as a
-low-rank factor and the exact diagonal (`sstmerge.fisher.sketch_sums`). In the core space of any adapters, with bases U and
-V, the K-FAC factors are then
+low-rank factor F and the residual r, what F Fᵀ lacks of the exact diagonal (`sstmerge.fisher.sketch_sums`). In the core
+space of any adapters, with bases U and V, the K-FAC factors are then
 
     X ≈ (Vᵀ F_x)(Vᵀ F_x)ᵀ + Vᵀ diag(r_x) V        D ≈ (Uᵀ F_δ)(Uᵀ F_δ)ᵀ + Uᵀ diag(r_δ) U
 
-where r is what F Fᵀ lacks on the diagonal, so that no direction is free. The reference is the base model: when the
-sketch is collected there is no adapter that it could be taken at.
+so that no direction is free. The reference is the base model: when the sketch is collected there is no adapter that it
+could be taken at.
 """
 
 from __future__ import annotations
@@ -23,7 +23,14 @@ from sstmerge.adapters import CoreSpace
 from sstmerge.adapters.basis import LayerGroup
 from sstmerge.errors import FisherError
 from sstmerge.fisher.fisher import Counts, Fisher
-from sstmerge.fisher.sketch_sums import RandomSigns, nystrom_factor, product_of, score_core
+from sstmerge.fisher.sketch_sums import (
+    RandomSigns,
+    nystrom_factor,
+    product_of,
+    residual_of,
+    row_squares,
+    score_core,
+)
 from sstmerge.fisher.structures import Structure
 
 INPUT, OUTPUT = "input", "output"
@@ -53,8 +60,8 @@ class Sketch:
     Attributes:
         layers: The layers, by module path.
         signs: The test matrices.
-        tensors: `input_factor.NAME` (2, d_in, s), `input_diagonal.NAME` (2, d_in), `output_factor.NAME` (2, d_out, s),
-            `output_diagonal.NAME` (2, d_out), `input_count.NAME` (2,), with the split halves first; for labels from the
+        tensors: `input_factor.NAME` (2, d_in, s), `input_residual.NAME` (2, d_in), `output_factor.NAME` (2, d_out, s),
+            `output_residual.NAME` (2, d_out), `input_count.NAME` (2,), with the split halves first; for labels from the
             data also `score_left.NAME` (d_out, q), `score_right.NAME` (d_in, s) and `score_core.NAME` (q, s).
         counts: What was seen.
         metadata: Where it comes from, as in a `Fisher`.
@@ -96,11 +103,15 @@ class Sketch:
         self._check_addable(other)
         tensors = {}
         for name, tensor in self.tensors.items():
-            kind = name.split(".", 1)[0]
+            kind, layer = name.split(".", 1)
             if kind.endswith("_factor"):
-                products = product_of(tensor, self.signs) + product_of(other.tensors[name], self.signs)
-                tensors[name] = nystrom_factor(products.to(tensor.dtype), self.signs)
-            elif kind != "score_core":
+                side, pair = kind.removesuffix("_factor"), (tensor, other.tensors[name])
+                product = sum((product_of(factor, self.signs) for factor in pair), torch.zeros(()))
+                residuals = [sketch.tensors[f"{side}_residual.{layer}"] for sketch in (self, other)]
+                diagonal = residuals[0] + residuals[1] + row_squares(pair[0]) + row_squares(pair[1])
+                factor = nystrom_factor(product.to(tensor.dtype), self.signs)
+                tensors |= {name: factor, f"{side}_residual.{layer}": residual_of(factor, diagonal)}
+            elif kind in ("input_count", "score_left", "score_right"):
                 tensors[name] = tensor + other.tensors[name]
         tensors |= score_cores(tensors, self.signs)
         data = [self.metadata.get("data"), other.metadata.get("data")]
@@ -120,9 +131,8 @@ class Sketch:
 
     def _moment(self, side: str, name: str, basis: Tensor) -> Tensor:
         """Return Bᵀ S B (2, R, R), float64, for a basis B (d, R)."""
-        factor, diagonal = self.tensors[f"{side}_factor.{name}"], self.tensors[f"{side}_diagonal.{name}"]
+        factor, residual = self.tensors[f"{side}_factor.{name}"], self.tensors[f"{side}_residual.{name}"]
         low_rank = (basis.to(factor.dtype).mT @ factor).double()
-        residual = (diagonal - factor.double().square().sum(dim=-1)).clamp_min(0.0)
         exact = basis.double()
         return low_rank @ low_rank.mT + (exact * residual[:, :, None]).mT @ exact
 

@@ -20,7 +20,7 @@ from sstmerge.fisher.head import Head, label_scores
 from sstmerge.fisher.placement import input_device
 from sstmerge.fisher.sketch import Sketch, score_cores
 from sstmerge.fisher.sketch_file import read_checkpoint, write_checkpoint
-from sstmerge.fisher.sketch_sums import nystrom_factor
+from sstmerge.fisher.sketch_sums import nystrom_factor, residual_of
 from sstmerge.fisher.sketch_taps import BatchRows, SketchPlan, SketchTaps, installed_sketch_taps, plan_sketch
 from sstmerge.fisher.taps import Taps, frozen
 
@@ -129,9 +129,17 @@ def _finished(taps: SketchTaps, plan: SketchPlan) -> dict[str, Tensor]:
                     f"The scores of layer '{tap.name}' are not finite ({name}): the model overflows in its dtype on these "
                     "data. Load it in bfloat16 or float32."
                 )
-            if "_product." in name:
-                name, tensor = name.replace("_product.", "_factor.", 1), nystrom_factor(tensor, plan.signs)
-            tensors[name] = tensor.cpu()
+        for side, sums in (("input", tap.input), ("output", tap.output)):
+            if sums is not None:
+                factor = nystrom_factor(sums.product, plan.signs)
+                residual = residual_of(factor, sums.diagonal)
+                tensors |= {f"{side}_factor.{tap.name}": factor.cpu(), f"{side}_residual.{tap.name}": residual.cpu()}
+        if tap.score is not None:
+            tensors |= {
+                f"score_left.{tap.name}": tap.score.left.cpu(),
+                f"score_right.{tap.name}": tap.score.right.cpu(),
+            }
+        tensors[f"input_count.{tap.name}"] = tap.input_count
     return tensors | score_cores(tensors, plan.signs)
 
 

@@ -76,7 +76,7 @@ class MomentSums:
         """Add `copies` times Σ v vᵀ over rows v (n, d); return the rows times Ω, shape (n, s)."""
         tested = multiply(rows, self.signs.matrix(rows))
         self.product[half] += copies * (rows.mT @ tested)
-        self.diagonal[half] += copies * rows.double().square().sum(dim=0)
+        self.diagonal[half] += copies * rows.square().sum(dim=0).double()
         return tested
 
 
@@ -132,6 +132,16 @@ def product_of(factor: Tensor, signs: RandomSigns) -> Tensor:
     """Return Y = F Fᵀ Ω (…, d, s) of a factor (…, d, s), float64; the inverse of `nystrom_factor`."""
     exact = factor.double()
     return exact @ _tested(exact.mT, signs)
+
+
+def residual_of(factor: Tensor, diagonal: Tensor) -> Tensor:
+    """Return what F Fᵀ (…, d, d) lacks of the diagonal of S (…, d): at least zero, but for rounding; float64."""
+    return (diagonal - row_squares(factor)).clamp_min(0.0)
+
+
+def row_squares(factor: Tensor) -> Tensor:
+    """Return the diagonal of F Fᵀ, shape (…, d), float64."""
+    return factor.double().square().sum(dim=-1)
 
 
 def score_core(left: Tensor, signs: RandomSigns) -> Tensor:
