@@ -22,6 +22,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
+from valid_files import ValidFiles, write_valid_files
 
 SPECIAL_TOKENS = ("<pad>", "<unk>", "<|im_start|>", "<|im_end|>")
 CHARACTERS = "\n" + "".join(chr(code) for code in range(32, 127))
@@ -137,3 +138,9 @@ def job(tmp_path_factory, pico_llama, pico_tokenizer) -> dict[str, str]:
     write_rows(folder / "harm.jsonl", harm)
     write_rows(folder / "benign.jsonl", benign)
     return {name: str(folder / name) for name in ("base", "utility", "safety", "harm.jsonl", "benign.jsonl")}
+
+
+@pytest.fixture(scope="session")
+def valid(tmp_path_factory) -> ValidFiles:
+    """Two adapters, and a pair of Fishers of every structure; no model."""
+    return write_valid_files(tmp_path_factory.mktemp("valid"))

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from sstmerge.cli.configuration import read_yaml
+from sstmerge.cli.memory_check import ignore_memory
 from sstmerge.cli.reporting import log_as_json, show_error
 from sstmerge.errors import InputError, Interrupted, SSTMergeError
 
@@ -24,14 +25,21 @@ app = typer.Typer(
 def main() -> None:
     """Run the command line; errors that sstmerge raises on purpose end it with exit code 2."""
     # Commands register themselves on import.
-    from sstmerge.cli import data_commands, demo_command, fisher_command, merge_commands, method_commands  # noqa: F401
+    from sstmerge.cli import (  # noqa: F401
+        data_commands,
+        demo_command,
+        fisher_command,
+        merge_commands,
+        method_commands,
+        sketch_command,
+    )
 
     log_as_json(False)
     common = typer.Typer(add_completion=False)
     common.command()(_flags_of_all)
     command: Any = typer.main.get_command(app)
     for subcommand in command.commands.values():
-        subcommand.params.extend(p for p in typer.main.get_command(common).params if p.name == "log_json")
+        subcommand.params.extend(p for p in typer.main.get_command(common).params if p.name != "help")
     try:
         command()
     except SSTMergeError as error:
@@ -54,6 +62,15 @@ def _flags_of_all(
             expose_value=False,
             callback=log_as_json,
             help="Write progress, warnings and errors to stderr as JSON, one object per line.",
+        ),
+    ] = False,
+    ignore_memory: Annotated[
+        bool,
+        typer.Option(
+            "--ignore-memory",
+            expose_value=False,
+            callback=ignore_memory,
+            help="Go on although the estimate says that the memory will not suffice.",
         ),
     ] = False,
 ) -> None:

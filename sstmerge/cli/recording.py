@@ -1,4 +1,4 @@
-"""The manifest of a command: its inputs are hashed before the work, its outputs after."""
+"""What goes around the work of a command: does it fit into memory, and the manifest (inputs before, outputs after)."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Any
 
 import typer
 
+from sstmerge.cli.memory_check import check_memory
 from sstmerge.cli.reporting import log_event
 
 # Parameters whose values are paths or hub ids, some in the form NAME=PATH.
@@ -24,7 +25,7 @@ _INPUTS = (
 
 @contextmanager
 def recorded(context: typer.Context, out: Path | None) -> Iterator[None]:
-    """Write the manifest of what the block makes.
+    """Refuse what cannot fit into memory, and write the manifest of what the block makes.
 
     Args:
         context: The command's context.
@@ -35,6 +36,7 @@ def recorded(context: typer.Context, out: Path | None) -> Iterator[None]:
     """
     from sstmerge.pipeline.manifest import write_manifest
 
+    check_memory(context)
     started, clock = datetime.now(UTC).isoformat(timespec="seconds"), time.monotonic()
     log_event("started", command=sys.argv)
     inputs = {} if out is None else {path: _described(path) for path in _inputs(context.params)}

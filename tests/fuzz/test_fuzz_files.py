@@ -47,7 +47,15 @@ def check_adapter(valid, config: bytes, weights: bytes) -> None:
             adapter = load_adapter(folder, name="spoiled")
             CoreSpace.of([adapter, load_adapter(valid.adapters["safety"], name="safety")])
         out = Path(place) / "merged"
-        arguments = ["merge", "--method", "ties", "--adapter", f"a={folder}", "--adapter", f"b={valid.adapters['safety']}"]
+        arguments = [
+            "merge",
+            "--method",
+            "ties",
+            "--adapter",
+            f"a={folder}",
+            "--adapter",
+            f"b={valid.adapters['safety']}",
+        ]
         check_command([*arguments, "--out", str(out)], out)
         check_command(["inspect", str(folder)])
 
@@ -85,7 +93,15 @@ def test_fisher_files(valid, structure, data):
             Fisher.load(file, loaded)
         with only_sentences():
             merge_from_fishers(*pair, utility=str(valid.adapters["utility"]), safety=str(valid.adapters["safety"]))
-        arguments = ["merge", "--gain", str(pair[0]), "--cost", str(pair[1]), "--utility", str(valid.adapters["utility"])]
+        arguments = [
+            "merge",
+            "--gain",
+            str(pair[0]),
+            "--cost",
+            str(pair[1]),
+            "--utility",
+            str(valid.adapters["utility"]),
+        ]
         check_command([*arguments, "--safety", str(valid.adapters["safety"]), "--out", str(out)], out)
         check_command(["inspect", str(file)])
         check_command(["inspect", "--json", str(file)])
@@ -119,11 +135,18 @@ def test_prompt_files(suffix, content, split, limit):
 
 @pytest.mark.parametrize(
     "text",
-    ["[" * 100_000, '{"prompt": ' + "9" * 5000 + "}", '{"prompt": "x", "weight": 1' + "0" * 400 + "}", '{"prompt": "\\ud800"}'],
+    [
+        "[" * 100_000,
+        '{"prompt": ' + "9" * 5000 + "}",
+        '{"prompt": "x", "weight": 1' + "0" * 400 + "}",
+        '{"prompt": "\\ud800"}',
+    ],
 )
 def test_json_that_breaks_parsers(tmp_path, text):
     (tmp_path / "rows.jsonl").write_text(text + "\n")
     with only_sentences():
         load_examples(tmp_path / "rows.jsonl")
-    code = check_command(["check", "--base", "x", "--safety", "y", "--harm", str(tmp_path / "rows.jsonl"), "--benign", "z"])
+    code = check_command(
+        ["check", "--base", "x", "--safety", "y", "--harm", str(tmp_path / "rows.jsonl"), "--benign", "z"]
+    )
     assert code == 2

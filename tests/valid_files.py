@@ -1,4 +1,4 @@
-"""Small valid files that the fuzz tests spoil: two adapters, and a pair of Fishers of every structure; no model."""
+"""Small adapters and Fishers from random scores, without any model, and a folder of valid files."""
 
 from __future__ import annotations
 
