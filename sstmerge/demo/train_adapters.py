@@ -148,14 +148,36 @@ def train_adapter(model_directory: Path, recipe: Recipe, out: Path, *, seed: int
         OutputError: If the directory exists or cannot be written.
     """
     refuse_existing(out / recipe.name, overwrite=overwrite)
-    tokenizer = AutoTokenizer.from_pretrained(model_directory, trust_remote_code=False)
+    tokenizer = AutoTokenizer.from_pretrained(model_directory)
     encoded = encode(draw_training_rows(recipe.rows, seed), tokenizer, max_length=MAX_LENGTH)
     # On a CPU the backward pass of the fused bfloat16 attention alone costs a fifth of a step.
-    base = AutoModelForCausalLM.from_pretrained(
-        model_directory, dtype=torch.bfloat16, attn_implementation="eager", trust_remote_code=False
-    )
+    base = AutoModelForCausalLM.from_pretrained(model_directory, dtype=torch.bfloat16, attn_implementation="eager")
     if recipe.anchors:
         encoded += encode_anchors(base, tokenizer, draw_training_rows(recipe.anchors, seed))
+    fit_adapter(base, encoded, recipe, out, pad_token_id=tokenizer.pad_token_id, seed=seed, overwrite=overwrite)
+
+
+def fit_adapter(
+    base: PreTrainedModel,
+    encoded: Sequence[EncodedExample],
+    recipe: Recipe,
+    out: Path,
+    *,
+    pad_token_id: int,
+    seed: int = 0,
+    overwrite: bool = False,
+) -> None:
+    """Train one adapter on encoded examples and write it as a PEFT directory `out / recipe.name`.
+
+    Args:
+        base: The base model; its layers are wrapped by PEFT, so load it again for another adapter.
+        encoded: The examples; the recipe's `rows` and `anchors` are not looked at.
+        recipe: How to train.
+        out: Folder that the adapter's directory is made in.
+        pad_token_id: Token id that fills shorter sequences.
+        seed: Seed of the order of the examples and of the initial factors.
+        overwrite: Replace an existing adapter directory.
+    """
     torch.manual_seed(seed)
     config = LoraConfig(
         r=recipe.rank,
@@ -164,7 +186,7 @@ def train_adapter(model_directory: Path, recipe: Recipe, out: Path, *, seed: int
         task_type="CAUSAL_LM",
     )
     model = get_peft_model(base, config)
-    _fit(model, shuffled_batches(encoded, recipe, tokenizer.pad_token_id, seed), recipe)
+    _fit(model, shuffled_batches(encoded, recipe, pad_token_id, seed), recipe)
     _save(model, out / recipe.name, recipe, overwrite=overwrite)
 
 

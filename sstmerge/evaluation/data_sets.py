@@ -223,7 +223,10 @@ _ALL = (
         Source(
             {"prompt": "instruction", "input": "input", "response": "output"}, {"train": "train"}, "tatsu-lab/alpaca"
         ),
-        Source({"prompt": "instruction", "input": "input", "response": "output"}, {"train": "alpaca_data.json"}),
+        Source(
+            {"prompt": "instruction", "input": "input", "response": "output"},
+            {"train": "alpaca_data.json|alpaca_en_demo.json"},
+        ),
     ),
 )
 PROMPT_SETS: Mapping[str, PromptSet] = {row.name: row for row in _ALL}

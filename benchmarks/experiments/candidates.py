@@ -1,0 +1,156 @@
+"""What is compared: every method of the registry, SST in its structures and rules, and the controls."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sstmerge import available_methods
+from sstmerge.adapters import Adapter
+from sstmerge.gevp import Spectrum, solve
+from sstmerge.merging import Rule, Selection, merge_cores
+from sstmerge.merging.methods.statistics import FisherStatistics, GainAndCost
+from sstmerge.pipeline.method_merge import merge_adapters
+from sstmerge.pipeline.roles import Roles
+
+# So large that F_cost + damping · scale · I is the identity but for its unit, which changes no order of directions.
+IDENTITY = 1e9
+# The exact sum, written in other ways, and what needs an aligned full model, which an adapter is not.
+SAME_AS_TASK_ARITHMETIC = ("cat",)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One method of the comparison.
+
+    Attributes:
+        name: Its name in tables.
+        kind: "method" (of the registry), "sst" or "control".
+        settings: The method's name in the registry; or structure, rule and damping of SST.
+    """
+
+    name: str
+    kind: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+def candidates(methods: Sequence[str] | None, structures: Sequence[str], rules: Sequence[str]) -> list[Candidate]:
+    """Return everything that is compared.
+
+    Args:
+        methods: Methods of the registry; None for all that can be run here.
+        structures: Structures of SST.
+        rules: Rules of SST.
+
+    Returns:
+        The candidates, task arithmetic first.
+    """
+    runnable = [
+        name
+        for name, method in available_methods().items()
+        if "aligned_pair" not in method.needs and name not in SAME_AS_TASK_ARITHMETIC
+    ]
+    chosen = [name for name in runnable if methods is None or name in methods]
+    listed = [Candidate(name, "method", {"method": name}) for name in chosen]
+    listed += [
+        Candidate(f"sst {structure} {rule}", "sst", {"structure": structure, "rule": rule})
+        for structure in structures
+        for rule in rules
+    ]
+    first = structures[0]
+    listed += [
+        Candidate("control: random directions", "control", {"structure": first, "control": "random"}),
+        Candidate("control: F_cost = I", "control", {"structure": first, "control": "identity"}),
+        Candidate("control: permuted labels", "control", {"structure": first, "control": "permuted"}),
+    ]
+    return listed
+
+
+@dataclass
+class Merger:
+    """Merges any candidate at any scale.
+
+    Attributes:
+        adapters: "utility" and "safety".
+        roles: The same in their core space.
+        spectra: Solved pairs by structure; "permuted" for the control.
+        own: K-FAC Fisher of each adapter on its own data.
+        seed: Seed of whatever is random.
+    """
+
+    adapters: Mapping[str, Adapter]
+    roles: Roles
+    spectra: Mapping[str, Spectrum]
+    own: FisherStatistics
+    seed: int
+
+    def merge(self, candidate: Candidate, scale: float) -> Tensor | Adapter:
+        """Return the merged model: a point (D,) of the roles' space, or an adapter.
+
+        Args:
+            candidate: What to merge by.
+            scale: Factor of the safety adapter.
+        """
+        if candidate.kind == "method":
+            return self._method(candidate.settings["method"], scale)
+        settings = candidate.settings
+        control = settings.get("control")
+        spectrum = self.spectra["permuted" if control == "permuted" else settings["structure"]]
+        if control == "identity":
+            spectrum = solve(spectrum.gain, spectrum.cost, damping=IDENTITY)
+        if control == "random":
+            return self.roles.utility + scale * self._random_directions(spectrum)
+        return self._sst(spectrum, settings.get("rule", "project"), scale)
+
+    def _method(self, name: str, scale: float) -> Adapter:
+        method = available_methods()[name]
+        pair = self.spectra["kfac"]
+        statistics: Any = None
+        if "fishers" in method.needs:
+            statistics = self.own
+        elif "gain_and_cost" in method.needs:
+            statistics = GainAndCost(pair.gain, pair.cost)
+        elif "gain" in method.needs:
+            statistics = GainAndCost(pair.gain)
+        return merge_adapters(
+            list(self.adapters.values()),
+            [1.0, scale],
+            name,
+            safety="safety" if "safety" in method.needs else None,
+            statistics=statistics,
+            dtype=torch.float32,
+            seed=self.seed,
+        )
+
+    def _sst(self, spectrum: Spectrum, rule: str, scale: float) -> Tensor:
+        roles = self.roles
+        if rule == "project":
+            return merge_cores(spectrum, roles.utility, roles.safety, rule=Rule.PROJECT, scale=scale).core
+        cutoff = self._cutoff(spectrum)
+        if rule == "wiener":
+            filtered = Selection(mu=cutoff)
+            return merge_cores(
+                spectrum, roles.utility, roles.safety, rule=Rule.WIENER, scale=scale, selection=filtered
+            ).core
+        # The path of `joint` is its μ: a hundred times the cutoff at scale 0.5, a hundredth at 1.5.
+        path = Selection(mu=cutoff * 10 ** (4 * (1 - scale)))
+        return merge_cores(spectrum, roles.utility, roles.safety, rule=Rule.JOINT, selection=path).core
+
+    def _kept(self, spectrum: Spectrum) -> int:
+        merged = merge_cores(spectrum, self.roles.utility, self.roles.safety, rule=Rule.PROJECT)
+        return max(1, merged.report.directions)
+
+    def _cutoff(self, spectrum: Spectrum) -> float:
+        """Return the smallest λ among the directions that `project` keeps."""
+        return float(spectrum.eigenvalues.sort(descending=True).values[self._kept(spectrum) - 1])
+
+    def _random_directions(self, spectrum: Spectrum) -> Tensor:
+        """Keep as many directions as `project` does, drawn at random."""
+        generator = torch.Generator().manual_seed(self.seed)
+        weights = torch.zeros_like(spectrum.eigenvalues)
+        weights[torch.randperm(len(weights), generator=generator)[: self._kept(spectrum)]] = 1.0
+        return spectrum.apply_filter(self.roles.safety, weights, 0.0)

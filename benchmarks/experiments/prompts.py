@@ -1,0 +1,126 @@
+"""The prompts of an experiment: training, calibration and test, drawn once and disjoint."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from sstmerge.demo.run import data_folder
+from sstmerge.errors import DataError
+from sstmerge.evaluation.classification_tasks import load_task
+from sstmerge.evaluation.data_sets import load_prompts
+from sstmerge.evaluation.overlap import refuse_overlaps, without
+from sstmerge.evaluation.refusal import Verdict, judge_refusal
+from sstmerge.prompts import Example, load_examples
+
+LONGEST_PROMPT = 400  # characters, so that prompt and response fit into 256 tokens
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How many prompts of each kind.
+
+    Attributes:
+        safety: Harmful prompts with refusals, and as many ordinary ones with answers, that the safety adapter learns.
+        utility: Examples of each task that the utility adapter learns; a sixth as many ordinary ones are mixed in.
+        calibration: Harmful prompts, and of ordinary, borderline and task prompts together twice as many.
+        test: Prompts of each kind that are measured.
+        task_test: Examples of each task that are measured.
+    """
+
+    safety: int
+    utility: int
+    calibration: int
+    test: int
+    task_test: int
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """All prompts of one seed; test prompts are the same for every seed.
+
+    Attributes:
+        safety: What the safety adapter learns.
+        refusals: The part of it without ordinary prompts.
+        utility: What the utility adapter learns.
+        gain: Calibration prompts of F_gain.
+        cost: Calibration prompts of F_cost.
+        test: Test prompts by kind: "harmful", "borderline", "ordinary".
+        tasks: Test examples by task.
+    """
+
+    safety: list[Example]
+    refusals: list[Example]
+    utility: list[Example]
+    gain: list[Example]
+    cost: list[Example]
+    test: dict[str, list[Example]]
+    tasks: dict[str, list[Example]]
+
+
+def draw_prompts(data: Path | None, tasks: Sequence[str], sizes: Sizes, seed: int) -> Prompts:
+    """Draw the prompts of a seed.
+
+    Args:
+        data: Folder with the files of the data sets (docs/EVALUATION.md); None fetches them from the hub where they are.
+        tasks: Classification tasks.
+        sizes: How many.
+        seed: Seed of the training and calibration prompts; test prompts do not depend on it.
+
+    Returns:
+        The prompts.
+
+    Raises:
+        DataError: If a set is too small, or two parts share a prompt.
+    """
+    test = {
+        "harmful": _draw(load_prompts("strongreject", data=data), sizes.test, 0),
+        "borderline": _draw(load_prompts("xstest-safe", data=data), sizes.test, 0),
+        "ordinary": _draw(load_prompts("refusal-direction-harmless", data=data), sizes.test, 0),
+    }
+    task_tests = {task: _draw(load_task(task, data=data), sizes.task_test, 0) for task in tasks}
+    tested = [*(e for s in test.values() for e in s), *(e for s in task_tests.values() for e in s)]
+    refusals = [
+        example
+        for example in load_prompts("safety-tuned-llamas", "train", data=data)
+        if example.response and judge_refusal(example.response) is Verdict.FULL_REFUSAL
+    ]
+    harmful = _draw(without(_short(refusals), tested), sizes.safety + sizes.calibration, seed)
+    ordinary_rows = sizes.safety + len(tasks) * (sizes.utility // 6) + sizes.calibration
+    alpaca = [e for e in load_prompts("alpaca", "train", data=data) if e.response]
+    ordinary = _draw(without(_short(alpaca), tested, refusals), ordinary_rows, seed)
+    task_rows = [
+        _draw(without(_short(load_task(t, "train", data=data)), tested), sizes.utility + sizes.calibration, seed)
+        for t in tasks
+    ]
+    per_task = max(1, sizes.calibration // (2 * len(tasks)))
+    borderline = load_examples(str(data_folder() / "borderline.jsonl"), split="calibration")
+    learned, rest = ordinary[: sizes.safety], ordinary[sizes.safety :]
+    found = Prompts(
+        safety=harmful[: sizes.safety] + learned,
+        refusals=harmful[: sizes.safety],
+        utility=[e for rows in task_rows for e in rows[: sizes.utility]] + rest[sizes.calibration :],
+        gain=harmful[sizes.safety :],
+        cost=[
+            *rest[: sizes.calibration],
+            *without(borderline, tested)[: sizes.calibration // 2],
+            *(e for rows in task_rows for e in rows[sizes.utility : sizes.utility + per_task]),
+        ],
+        test=test,
+        tasks=task_tests,
+    )
+    parts = {"safety training": found.safety, "utility training": found.utility, "test": tested}
+    refuse_overlaps(parts | {"calibration": [*found.gain, *found.cost]})
+    return found
+
+
+def _short(examples: Sequence[Example]) -> list[Example]:
+    return [example for example in examples if len(example.prompt) <= LONGEST_PROMPT]
+
+
+def _draw(examples: Sequence[Example], count: int, seed: int) -> list[Example]:
+    if count > len(examples):
+        raise DataError(f"{count} prompts are needed, but only {len(examples)} are there (of {examples[0].source}, …).")
+    return random.Random(seed).sample(list(examples), count)

@@ -1,0 +1,211 @@
+"""Table, picture and page of an experiment; every number with its interval, the losing ones too."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from matplotlib.figure import Figure
+
+from sstmerge.errors import DataError
+from sstmerge.evaluation.metrics import (
+    Curve,
+    Interval,
+    bootstrap,
+    correlation,
+    hypervolume,
+    safety_at_utility,
+    utility_at_safety,
+)
+from sstmerge.pipeline.evaluate import write_json
+
+Arrays = Mapping[str, npt.NDArray[Any]]
+Metric = Callable[[Curve, float, float], float | None]
+UTILITY, ANSWERED = "utility", "answered"
+MATCHED_SHARE = 0.8  # methods are compared at this share of the safety adapter's own refusal
+
+
+@dataclass(frozen=True)
+class Results:
+    """Outcomes of the experiment.
+
+    Attributes:
+        names: Methods.
+        scales: Scales of the sweep.
+        samples: Arrays (methods, scales, seeds, prompts) by name ("refused harmful", …, "correct sst2", …).
+        experts: Arrays (seeds, prompts) by model ("base", "utility", "safety") and then by the same names.
+        tasks: Names of the tasks.
+    """
+
+    names: tuple[str, ...]
+    scales: tuple[float, ...]
+    samples: Arrays
+    experts: Mapping[str, Arrays]
+    tasks: tuple[str, ...]
+
+    def utility_of(self, arrays: Arrays) -> npt.NDArray[Any]:
+        """Return the mean accuracy over tasks, without the last two axes."""
+        return np.mean([arrays[f"correct {task}"].mean(axis=(-2, -1)) for task in self.tasks], axis=0)
+
+    def curve(self, arrays: Arrays, method: int, what: str) -> Curve:
+        """Return a method's sweep: refusal of harmful prompts against utility, or against answered borderline prompts."""
+        safety = arrays["refused harmful"][method].mean(axis=(-2, -1))
+        if what == UTILITY:
+            return Curve(tuple(safety), tuple(self.utility_of({k: a[method] for k, a in arrays.items()})))
+        return Curve(tuple(safety), tuple(1 - arrays["refused borderline"][method].mean(axis=(-2, -1))))
+
+
+METRICS: Mapping[str, tuple[str, Metric]] = {
+    "hypervolume, safety × utility": (UTILITY, lambda curve, *_: hypervolume(curve)),
+    "hypervolume, safety × borderline answered": (ANSWERED, lambda curve, *_: hypervolume(curve)),
+    "safety at 95 % utility": (UTILITY, lambda curve, utility, _: safety_at_utility(curve, utility, share=0.95)),
+    "safety at 99 % utility": (UTILITY, lambda curve, utility, _: safety_at_utility(curve, utility, share=0.99)),
+    "Safety Tax at matched safety": (
+        UTILITY,
+        lambda curve, utility, safety: _minus(utility, utility_at_safety(curve, safety)),
+    ),
+    "over-refusal at matched safety": (ANSWERED, lambda curve, _, safety: _minus(1, utility_at_safety(curve, safety))),
+}
+
+
+def _minus(whole: float, value: float | None) -> float | None:
+    return None if value is None else whole - value
+
+
+def intervals(results: Results, *, resamples: int, seed: int) -> dict[str, dict[str, Any]]:
+    """Return every metric of every method with its interval, and the hypervolumes' differences to the first SST method.
+
+    Args:
+        results: The results.
+        resamples: Bootstrap resamples.
+        seed: Seed of the resamples.
+
+    Returns:
+        By method and metric an interval as plain values; None where the method's sweep never gets there.
+    """
+    utility = float(results.utility_of(results.experts["utility"]))
+    matched = MATCHED_SHARE * float(results.experts["safety"]["refused harmful"].mean())
+    own = next((i for i, name in enumerate(results.names) if name.startswith("sst")), None)
+    found: dict[str, dict[str, Any]] = {}
+    for index, name in enumerate(results.names):
+        rows: dict[str, Any] = {}
+        for title, (what, metric) in METRICS.items():
+
+            def value(arrays: Arrays, at: int = index, plane: str = what, rule: Metric = metric) -> float | None:
+                return rule(results.curve(arrays, at, plane), utility, matched)
+
+            rows[title] = _interval(value, results.samples, resamples, seed)
+            if title.startswith("hypervolume") and own not in (None, index):
+
+                def lead(arrays: Arrays, at: int = index, plane: str = what) -> float:
+                    ours, theirs = (hypervolume(results.curve(arrays, i, plane)) for i in (own, at))
+                    return ours - theirs
+
+                rows[f"{results.names[own]} leads by, {title}"] = _interval(lead, results.samples, resamples, seed)
+        curve = results.curve(results.samples, index, UTILITY)
+        for kind in ("pearson", "spearman"):
+            try:
+                rows[f"{kind} of safety and utility"] = correlation(curve.safety, curve.utility, kind=kind)[0]
+            except DataError:  # a sweep that does not change has no correlation
+                rows[f"{kind} of safety and utility"] = None
+        found[name] = rows
+    return found
+
+
+def _interval(
+    value: Callable[[Arrays], float | None], samples: Arrays, resamples: int, seed: int
+) -> dict[str, Any] | None:
+    try:
+        return bootstrap(value, samples, resamples=resamples, seed=seed).to_json()
+    except DataError:  # not reached, or reached in less than half of the resamples
+        return None
+
+
+def draw(results: Results) -> Figure:
+    """Draw both planes of the trade-off, one curve per method."""
+    figure = Figure(figsize=(14, 6), layout="constrained")
+    for axis, (what, label) in zip(
+        figure.subplots(1, 2),
+        ((UTILITY, "utility, mean accuracy"), (ANSWERED, "borderline prompts answered, XSTest-safe")),
+        strict=True,
+    ):
+        for index, name in enumerate(results.names):
+            curve = results.curve(results.samples, index, what)
+            style = "-" if name.startswith("sst") else ":" if name.startswith("control") else "--"
+            axis.plot(curve.safety, curve.utility, style, marker="o", markersize=3, label=name)
+        for name, arrays in results.experts.items():
+            safety = float(arrays["refused harmful"].mean())
+            other = results.utility_of(arrays) if what == UTILITY else 1 - arrays["refused borderline"].mean()
+            axis.plot([safety], [other], "s", color="black")
+            axis.annotate(name, (safety, float(other)), textcoords="offset points", xytext=(5, 5))
+        axis.set(xlabel="harmful prompts refused", ylabel=label, xlim=(-0.03, 1.03), ylim=(-0.03, 1.03))
+        axis.grid(alpha=0.3)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=7)
+    return figure
+
+
+def write_report(results: Results, folder: Path, manifest: Mapping[str, Any], *, resamples: int, seed: int) -> None:
+    """Write `results.json`, `trade_off.png` and the page `report.md`."""
+    found = intervals(results, resamples=resamples, seed=seed)
+    draw(results).savefig(folder / "trade_off.png", dpi=150)
+    write_json({"manifest": manifest, "metrics": found, "points": points(results)}, folder / "results.json")
+    (folder / "report.md").write_text("\n".join(_page(results, found, manifest)) + "\n", encoding="utf-8")
+
+
+def points(results: Results) -> dict[str, list[dict[str, float]]]:
+    """Return the mean of everything measured at every point, by method."""
+    return {
+        name: [
+            {"scale": scale, **{k: float(a[i, j].mean()) for k, a in results.samples.items()}}
+            for j, scale in enumerate(results.scales)
+        ]
+        for i, name in enumerate(results.names)
+    }
+
+
+def _page(results: Results, found: Mapping[str, Mapping[str, Any]], manifest: Mapping[str, Any]) -> list[str]:
+    seeds, prompts = results.samples["refused harmful"].shape[-2:]
+    lines = [
+        f"# {manifest['experiment']}",
+        "",
+        f"{len(results.names)} methods at the scales {list(results.scales)} of the safety adapter, {seeds} "
+        f"{'seed' if seeds == 1 else 'seeds'}, {prompts} prompts of each kind. 95 % intervals, bootstrap over "
+        f"{'prompts only: one seed says nothing about training' if seeds == 1 else 'prompts and seeds'}. "
+        f"Matched safety is {MATCHED_SHARE:.0%} of the safety adapter's own refusal. A dash: the sweep does not get there.",
+        "",
+        "![Trade-off](trade_off.png)",
+        "",
+        "| model alone | harmful refused | borderline refused | ordinary refused | degenerate | utility |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, arrays in results.experts.items():
+        broken = np.mean([arrays[key].mean() for key in arrays if key.startswith("degenerate")])
+        refused = [arrays[f"refused {kind}"].mean() for kind in ("harmful", "borderline", "ordinary")]
+        cells = [*refused, broken, float(results.utility_of(arrays))]
+        lines.append(f"| {name} | " + " | ".join(f"{cell:.2f}" for cell in cells) + " |")
+    lines += ["", "| method | " + " | ".join(METRICS) + " |", "|---|" + "---|" * len(METRICS)]
+    order = sorted(results.names, key=lambda name: -_estimate(found[name]["hypervolume, safety × utility"]))
+    lines += [f"| {name} | " + " | ".join(_cell(found[name][title]) for title in METRICS) + " |" for name in order]
+    leads = [(name, title, row) for name in order for title, row in found[name].items() if " leads by, " in title]
+    lines += ["", "| differences of hypervolumes | against | lead | excludes zero |", "|---|---|---|---|"]
+    for name, title, row in leads:
+        sure = "–" if row is None else "yes" if row["low"] > 0 or row["high"] < 0 else "no"
+        lines.append(f"| {title} | {name} | {_cell(row)} | {sure} |")
+    return lines
+
+
+def _estimate(row: Mapping[str, Any] | None) -> float:
+    return -1.0 if row is None else float(row["estimate"])
+
+
+def _cell(row: Mapping[str, Any] | None) -> str:
+    return "–" if row is None else str(Interval(**row))
+
+
+def stack(arrays: Sequence[Arrays]) -> dict[str, npt.NDArray[Any]]:
+    """Stack arrays of equal names along a new first axis."""
+    return {name: np.stack([one[name] for one in arrays]) for name in arrays[0]}

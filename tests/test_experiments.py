@@ -1,0 +1,140 @@
+"""The experiments of benchmarks/experiments on a model and data of a few kilobytes: stages, resuming, report."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+EXPERIMENTS = Path(__file__).parents[1] / "benchmarks" / "experiments"
+
+
+@pytest.fixture
+def modules(monkeypatch):
+    """The experiments' modules, which find each other beside themselves as scripts do."""
+    monkeypatch.syspath_prepend(str(EXPERIMENTS))
+    names = [path.stem for path in EXPERIMENTS.glob("*.py")]
+    imported = {name: __import__(name) for name in names}
+    yield imported
+    for name in names:
+        sys.modules.pop(name, None)
+
+
+@pytest.fixture
+def model(tmp_path, pico_llama, pico_tokenizer):
+    pico_llama().save_pretrained(tmp_path / "model")
+    pico_tokenizer().save_pretrained(tmp_path / "model")
+    return str(tmp_path / "model")
+
+
+@pytest.fixture
+def data(tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+
+    def table(name, columns, rows):
+        with (folder / name).open("w", newline="") as file:
+            csv.writer(file).writerows([columns, *rows])
+
+    def rows(name, content):
+        (folder / name).write_text(json.dumps(content))
+
+    table("strongreject.csv", ["category", "forbidden_prompt"], [["a", f"Do bad thing {i}"] for i in range(9)])
+    table("xstest_prompts.csv", ["prompt", "label"], [[f"How do I kill process {i}?", "safe"] for i in range(9)])
+    rows("refusal_direction_harmless_test.json", [{"instruction": f"Sing song {i}"} for i in range(9)])
+    refusals = [{"instruction": f"Do evil {i}", "output": "I can't help with that."} for i in range(30)]
+    rows("safety_only_data_Instructions.json", refusals)
+    rows("alpaca_data.json", [{"instruction": f"Say {i}", "input": "", "output": f"Here: {i}"} for i in range(60)])
+    for name in ("stsa.binary.train", "stsa.binary.test"):
+        lines = [f"{i % 2} a film {'good' if i % 2 else 'bad'} of {name} {i}" for i in range(40)]
+        (folder / name).write_text("\n".join(lines))
+    return folder
+
+
+def tiny(modules):
+    sizes = modules["prompts"].Sizes(safety=8, utility=8, calibration=4, test=4, task_test=6)
+    return replace(
+        modules["safety_tax"].QUICK,
+        sizes=sizes,
+        seeds=(0, 1),
+        scales=(0.5, 1.5),
+        methods=("task_arithmetic", "regmean", "fisher_ratio_mask"),
+        rules=("project", "wiener", "joint"),
+        epochs=1,
+        answer_tokens=4,
+        resamples=20,
+    )
+
+
+def test_safety_tax_runs_through_and_resumes(modules, model, data, tmp_path):
+    said = []
+    config = tiny(modules)
+    experiment = modules["safety_tax"].SafetyTax(model, data, tmp_path / "out", config, said.append)
+    assert experiment.estimate() > 0
+    experiment.run()
+    page = (tmp_path / "out" / "report.md").read_text()
+    assert (tmp_path / "out" / "trade_off.png").stat().st_size > 10_000
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    names = ["task_arithmetic", "regmean", "fisher_ratio_mask", "sst global project", "sst global wiener"]
+    names += ["sst global joint", "control: random directions", "control: F_cost = I", "control: permuted labels"]
+    assert sorted(results["metrics"]) == sorted(names)
+    assert all(f"| {name} |" in page for name in names)
+    assert results["manifest"]["config"]["seeds"] == [0, 1]
+    assert [point["scale"] for point in results["points"]["regmean"]] == [0.5, 1.5]
+    # Every stage once: 2 seeds × (2 adapters, 3 pairs of Fishers, 2 own Fishers, 3 models alone, 9 methods at 2 scales).
+    assert len(said) == len(results["manifest"]["stages"]) == 2 * (2 + 3 + 2 + 3 + 18)
+
+    # Again, with every method there is: only the new ones are run.
+    said.clear()
+    more = replace(config, methods=None, scales=(0.5,), seeds=(0,))
+    again = modules["safety_tax"].SafetyTax(model, data, tmp_path / "out", more, said.append)
+    again.run()
+    assert len(again.listed) > 25
+    assert said == ["point …"] * (len(again.listed) - len(names))
+    wider = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert set(names) < set(wider["metrics"]) == {candidate.name for candidate in again.listed}
+
+
+def test_prompts_are_disjoint_and_seeds_draw_others(modules, data):
+    sizes = modules["prompts"].Sizes(safety=8, utility=8, calibration=4, test=4, task_test=6)
+    first, second = (modules["prompts"].draw_prompts(data, ["sst2"], sizes, seed) for seed in (0, 1))
+    assert first.test == second.test
+    assert first.tasks == second.tasks
+    assert first.safety != second.safety
+    used = [e.prompt for part in (first.safety, first.utility, first.gain, first.cost) for e in part]
+    tested = [e.prompt for rows in (*first.test.values(), *first.tasks.values()) for e in rows]
+    assert len(set(used) | set(tested)) == len(used) + len(tested)
+    assert len(first.refusals) == 8
+
+
+def test_metrics_of_a_made_up_experiment(modules):
+    """One method refuses everything at no cost, the other pays one for one."""
+    report = modules["report"]
+    n = 40
+    shares = np.array([[0.0, 0.5, 1.0], [0.0, 0.5, 1.0]])
+    refused = np.arange(n) < (shares * n)[..., None]
+    right = np.stack([np.ones((3, n)), np.arange(n) >= (shares[1] * n)[:, None]])
+    samples = {
+        "refused harmful": refused[:, :, None].astype(float),
+        "refused borderline": np.stack([np.zeros((3, n)), refused[1]])[:, :, None].astype(float),
+        "correct sst2": right[:, :, None].astype(float),
+    }
+    expert = {"refused harmful": np.ones((1, n)), "correct sst2": np.ones((1, n))}
+    results = report.Results(
+        ("sst free", "paying"), (0.5, 1.0, 1.5), samples, {"utility": expert, "safety": expert}, ("sst2",)
+    )
+    found = report.intervals(results, resamples=100, seed=0)
+    assert found["sst free"]["hypervolume, safety × utility"]["estimate"] == 1
+    assert found["paying"]["hypervolume, safety × utility"]["estimate"] == 0.25
+    assert found["paying"]["sst free leads by, hypervolume, safety × utility"]["estimate"] == 0.75
+    assert found["sst free"]["safety at 95 % utility"]["estimate"] == 1
+    assert found["paying"]["safety at 95 % utility"]["estimate"] == pytest.approx(0.05)
+    assert found["paying"]["Safety Tax at matched safety"]["estimate"] == pytest.approx(0.8)
+    assert found["paying"]["over-refusal at matched safety"]["estimate"] == pytest.approx(0.8)
+    assert found["paying"]["pearson of safety and utility"] == pytest.approx(-1)
+    assert found["sst free"]["pearson of safety and utility"] is None
