@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +18,16 @@ from sstmerge.adapters import CoreSpace
 from sstmerge.cli import main
 from sstmerge.errors import FisherError
 from sstmerge.fisher import Batch, Fisher, collect_fisher
-from sstmerge.fisher.checkpoint import Checkpoint
 from sstmerge.fisher.distributed import Ranks
 from sstmerge.gevp import solve
 from sstmerge.pipeline.launch import joined_ranks
 from sstmerge.pipeline.run import CheckpointOptions, opened_run
+
+# What the commands import when they run; here, so that the server has it.
+importlib.import_module("sstmerge.pipeline.fisher_job")
+importlib.import_module("sstmerge.pipeline.merge")
+importlib.import_module("sstmerge.pipeline.manifest")
+importlib.import_module("transformers").AutoModelForCausalLM  # noqa: B018 (transformers imports late)
 
 STRUCTURES = ("diagonal", "kfac", "ekfac", "block", "global")
 MODEL = build_llama(seed=0, tie_word_embeddings=False)
@@ -74,10 +81,16 @@ def spectrum_numbers(structure: str, ranks: Ranks) -> list[float]:
     return [*spectrum.eigenvalues.tolist(), *spectrum.coordinates(SPACE.core("a")).tolist()]
 
 
-def collect_into(structure: str, out: Path, batches_between: int) -> bool:
-    """Collect with checkpoints, in one process or several, and save."""
+def collect_into(structure: str, out: Path, batches_between: int = 1, pause: float = 0.0, seed: int = 0) -> bool:
+    """Collect with checkpoints, in one process or several, and save; a pause after every batch gives time to kill it."""
     with joined_ranks() as ranks, opened_run(out, ranks=ranks, options=_every(batches_between)) as run:
-        fisher = collected(structure, ranks=ranks, checkpoint=run.checkpoint("Fisher"))
+        fisher = collected(
+            structure,
+            ranks=ranks,
+            checkpoint=run.checkpoint("Fisher"),
+            progress=lambda done, total: time.sleep(pause),
+            seed=seed,
+        )
         if ranks.first:
             fisher.save(out)
     return True
@@ -132,7 +145,3 @@ def command_line(*arguments: str) -> None:
 
 def _every(batches: int) -> CheckpointOptions:
     return CheckpointOptions(minutes=None, batches=batches)
-
-
-def checkpoint_in(folder: Path) -> Checkpoint:
-    return Checkpoint(folder, minutes=None, batches=1)

@@ -102,6 +102,7 @@ def _run(log: Path, environment: dict[str, str], function: Callable[..., Any], a
             outcome, code = {}, error.code
         except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 (told to the test)
             traceback.print_exc()
+            code = 1
             outcome = {
                 "error": type(error).__name__,
                 "message": str(error),
