@@ -5,7 +5,11 @@
 Two settings, each with the seven targets of a Llama block and r = 16: `small` (hidden 1024, 8 layers) and `block` (one block
 of Llama-7B). Every measurement is a child process with one thread, which merges once with a small model to warm up, and then
 merges: processor seconds of the call, and how far its high-water mark of memory rises above what was
-resident before. PEFT takes minutes for some of the dense types on `block`. Prints a table, writes JSON, and judges nothing.
+resident before. PEFT takes minutes for some of the dense types on `block`. Prints tables, writes JSON, and judges nothing.
+
+For `linear` and `dare_linear` there is a second comparison, on adapter files: `sstmerge.merge_adapters` from directories to
+a directory, the whole call with hashing and checks, against PEFT's call on a loaded model, and against PEFT's loading of the
+adapters into a base model that is there, the call and the saving together.
 """
 
 from __future__ import annotations
@@ -15,8 +19,10 @@ import contextlib
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -27,13 +33,14 @@ FACTOR_TYPES = ("linear", "ties", "dare_linear", "dare_ties", "magnitude_prune")
 DENSE_TYPES = ("ties_svd", "dare_linear_svd", "dare_ties_svd", "magnitude_prune_svd")
 PEFT_TYPES = (*FACTOR_TYPES, "cat", "svd", *DENSE_TYPES)
 OURS_ALONE = ("linear_exact", "core_ties", "core_dare_linear", "core_dare_ties", "core_magnitude_prune")
+# What has the same steps on adapter files, without a model.
+FILE_METHODS = {"linear": "peft_linear", "dare_linear": "peft_dare_linear"}
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-def build(hidden: int, inner: int, layers: int, adapters: int):
-    """Return a PEFT model with random adapters; the base weights are never read, and lie in one shared block of memory."""
+def build_base(hidden: int, inner: int, layers: int):
+    """Return a base model; its weights are never read, and lie in one shared block of memory."""
     import torch
-    from peft import LoraConfig, get_peft_model
     from torch import nn
 
     shared = torch.zeros(hidden * inner)
@@ -52,6 +59,15 @@ def build(hidden: int, inner: int, layers: int, adapters: int):
 
     base = nn.Module()
     base.add_module("layers", nn.ModuleList([block() for _ in range(layers)]))
+    return base
+
+
+def build(hidden: int, inner: int, layers: int, adapters: int):
+    """Return a PEFT model with random adapters."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    base = build_base(hidden, inner, layers)
     torch.manual_seed(0)
     model = None
     for number in range(adapters):
@@ -106,6 +122,47 @@ def measure(function: str, kind: str, adapters: int, setting: str, repetitions: 
     return {"seconds": min(seconds), "mebibytes": mebibytes[0]}
 
 
+def merge_files(function: str, kind: str, shape: tuple[int, int, int], adapters: int, folder: Path) -> float:
+    """Merge adapter files into a file, and return the processor seconds."""
+    from peft import PeftModel
+
+    import sstmerge
+
+    names, weights, out = [f"a{n}" for n in range(adapters)], [1.0 / adapters] * adapters, folder / "merged"
+    if not folder.exists():
+        build(*shape, adapters).save_pretrained(folder)
+    shutil.rmtree(out, ignore_errors=True)
+    directories = [str(folder / name) for name in names]
+    base = build_base(*shape)
+    start = time.process_time()
+    if function == "files":
+        options = {"density": 0.5} if kind.startswith("dare") else {}
+        sstmerge.merge_adapters(directories, weights, FILE_METHODS[kind], options=options, out=out)
+    else:
+        model = PeftModel.from_pretrained(base, directories[0], adapter_name=names[0])
+        for name, directory in zip(names[1:], directories[1:], strict=True):
+            model.load_adapter(directory, adapter_name=name)
+        model.base_model.add_weighted_adapter(names, weights, "merged", kind, density=0.5)
+        model.save_pretrained(folder, selected_adapters=["merged"])
+    seconds = time.process_time() - start
+    if not (out / "adapter_model.safetensors").exists():
+        raise RuntimeError(f"{function} wrote no adapter to {out}")
+    return seconds
+
+
+def measure_files(function: str, kind: str, adapters: int, setting: str, repetitions: int) -> dict[str, float]:
+    """Merge adapter files in this process, and return the least that it took."""
+    import torch
+
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as temporary:
+        small, folder = Path(temporary) / "small", Path(temporary) / "adapters"
+        merge_files(function, kind, (64, 96, 1), adapters, small)
+        return {
+            "seconds": min(merge_files(function, kind, SETTINGS[setting], adapters, folder) for _ in range(repetitions))
+        }
+
+
 def in_child(*arguments: str) -> dict[str, float]:
     environment = {**os.environ, **dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")}
     command = [sys.executable, __file__, "--child", *arguments]
@@ -124,14 +181,13 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.child:
         function, kind, adapters, setting, repetitions = arguments.child
-        print(json.dumps(measure(function, kind, int(adapters), setting, int(repetitions))))
+        measurement = measure_files if function in ("files", "peft_files") else measure
+        print(json.dumps(measurement(function, kind, int(adapters), setting, int(repetitions))))
         return
 
     import peft
     import torch
     from measuring import machine, write_results
-    from rich.console import Console
-    from rich.table import Table
 
     previous = json.loads(arguments.output.read_text())["results"] if arguments.output.exists() else []
     asked = {(s, n, k) for s in arguments.setting for n in arguments.adapters for k in arguments.types}
@@ -142,10 +198,19 @@ def main() -> None:
             for kind in arguments.types:
                 row = {"setting": setting, "adapters": adapters, "type": kind}
                 functions = ("sstmerge",) if kind in OURS_ALONE else ("sstmerge", "peft")
+                functions += ("files", "peft_files") if kind in FILE_METHODS else ()
                 for function in functions:
                     row[function] = in_child(function, kind, str(adapters), setting, str(arguments.repetitions))
                 results.append(row)
                 write_results(arguments.output, content)
+    print_tables(results)
+
+
+def print_tables(results: list[dict]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(width=140)
     table = Table("setting", "n", "type", "CPU s", "PEFT s", "faster ×", "MiB", "PEFT MiB", "less memory ×")
     for row in results:
         ours, theirs = row["sstmerge"], row.get("peft")
@@ -158,7 +223,18 @@ def main() -> None:
             else ["", ""]
         )
         table.add_row(*cells)
-    Console(width=140).print(table)
+    console.print(table)
+    table = Table(
+        "setting", "n", "type", "files to file: CPU s", "PEFT's call", "PEFT's load, call, save", "faster ×, ×"
+    )
+    for row in results:
+        if "files" in row:
+            ours, call, whole = (row[name]["seconds"] for name in ("files", "peft", "peft_files"))
+            ratios = f"{call / ours:.1f}, {whole / ours:.1f}"
+            table.add_row(
+                row["setting"], str(row["adapters"]), row["type"], *(f"{s:.3f}" for s in (ours, call, whole)), ratios
+            )
+    console.print(table)
 
 
 if __name__ == "__main__":

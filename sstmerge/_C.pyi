@@ -205,6 +205,15 @@ def dare(
         ValueError: There is no such dtype, or the lists differ in length.
     """
 
+def torch_dare(
+    dtype: str, values: int, output: int, size: int, probability: float, density: float, generator_state: int
+) -> None:
+    """Keep entries as torch's CPU generator decides and divide them; `generator_state` is the address of its state's bytes.
+
+    Raises:
+        ValueError: There is no such dtype, a number is out of range, or the bytes are no state that is known.
+    """
+
 def ties(
     dtype: str,
     values: list[int],
