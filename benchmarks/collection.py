@@ -87,16 +87,18 @@ def workload(name: str, base: str | None, batches: int) -> Workload:
     return demo_workload(base, 8 * batches) if base else random_workload(name, batches)
 
 
-def measure(work: Workload, repetitions: int) -> dict[str, object]:
+def measure(work: Workload, repetitions: int, wanted: list[str]) -> dict[str, object]:
     calls: dict[str, Call] = {}
     skipped = {}
     for name, (_, build) in builders().items():
+        if wanted and name not in wanted:
+            continue
         try:
             calls[name] = build(work)
             calls[name]()
         except ImportError as error:
             skipped[name] = f"{error.name} is not installed"
-        except Exception as error:  # noqa: BLE001 a peer that fails on this machine is a result, not the end of the run
+        except Exception as error:  # a peer that fails on this machine is a result, not the end of the run
             calls.pop(name, None)
             if name not in {peer for peer, _, _ in PEERS}:
                 raise
@@ -212,6 +214,7 @@ def main() -> None:
     parser.add_argument("--batches", type=int, default=1, help="batches of 8 sequences")
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--threads", type=int, nargs="+", default=[torch.get_num_threads()])
+    parser.add_argument("--rows", nargs="*", default=[], metavar="ROW", help="only these rows, by their full names")
     parser.add_argument("--no-memory", action="store_true")
     parser.add_argument("--profile", type=Path, metavar="FOLDER", help="write operation tables instead of timings")
     parser.add_argument("--out", type=Path)
@@ -225,7 +228,7 @@ def main() -> None:
             if arguments.profile:
                 write_profiles(work, arguments.profile)
                 continue
-            run = measure(work, arguments.repetitions)
+            run = measure(work, arguments.repetitions, arguments.rows)
             memory = {}
             if not arguments.no_memory and threads == arguments.threads[0]:
                 measured = [row for row in run["rows"] if row not in SUMS]
