@@ -1,106 +1,164 @@
-"""Wall time of the merge phase, Fishers at hand: `pytest benchmarks/merge_phase.py --benchmark-only`.
+"""Merge latency: sstmerge with Fishers at hand against PEFT, mergekit and a plain line of torch, on the same adapters.
 
-Random adapters of the true shapes of SmolLM2-135M: 210 layers, r = 8, two adapters. Every benchmark asserts its result.
-`whole` is what `sstmerge merge --gain … --cost …` does after the files are read: space, solve, project, write back.
+    python benchmarks/merge_phase.py [--output FILE] [--models M …] [--ranks R …] [--counts T …] [--device cuda]
+    pytest benchmarks/ --benchmark-only        # a quick part of it, in benchmarks/test_merge_phase.py
+
+Adapters of the true shapes of five models with random factors; no model is loaded. Every setting is a child process in which
+all methods take turns, so that ratios are of one run. Reported are processor seconds, wall seconds, and how far the
+high-water mark of memory rises above what was resident before. Ours is taken apart:
+
+    space       (only where no Fisher exists yet) Gram matrices, bases, cores
+    cores       Fisher at hand: Gram matrices and cores
+    solve       the generalized eigenproblems
+    select      directions, filter, report
+    write_back  the factors of the merged adapter, lossless
+
+`merge` is cores + solve + select + write_back, what PEFT's call does. Checking that a Fisher belongs to the adapters
+(`identify`, SHA-256) is shown apart; `files` merges a 70B-shaped pair of adapters from files to a file in a process of its
+own. PEFT's dense types and mergekit, which forms dense weight changes too, are measured on one block where that takes seconds
+and extrapolated elsewhere; the JSON says from what. `global` keeps 128 scores of size D.
 """
 
 from __future__ import annotations
 
-import pytest
-import torch
+import argparse
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
 
-from sstmerge.adapters import Adapter, CoreSpace, LoraFactors
-from sstmerge.fisher.fisher import Counts, Fisher
-from sstmerge.fisher.structures import Accumulator, GroupScores, Structure
-from sstmerge.gevp import solve
-from sstmerge.merging import Selection, merge_cores
-
-LAYERS, HIDDEN, INTERMEDIATE, KEY_VALUE, RANK = 30, 576, 1536, 192, 8
-SHAPES = {
-    "self_attn.q_proj": (HIDDEN, HIDDEN),
-    "self_attn.k_proj": (KEY_VALUE, HIDDEN),
-    "self_attn.v_proj": (KEY_VALUE, HIDDEN),
-    "self_attn.o_proj": (HIDDEN, HIDDEN),
-    "mlp.gate_proj": (INTERMEDIATE, HIDDEN),
-    "mlp.up_proj": (INTERMEDIATE, HIDDEN),
-    "mlp.down_proj": (HIDDEN, INTERMEDIATE),
-}
-SEQUENCES, TOKENS = 96, 8
+RESULTS = Path(__file__).parent / "results" / "merge-latency-cpu.json"
+MODELS = ("SmolLM2-135M", "Llama-3.2-1B", "Llama-2-7B", "Llama-2-13B", "Llama-2-70B")
+SCALING = ("Llama-3.2-1B", "Llama-2-7B", "Llama-2-13B", "Llama-2-70B")
+SWEEP_MODEL = "Llama-3.2-1B"
+RANK, COUNT = 16, 2
+DENSE_TYPES = ("svd", "dare_linear_svd", "ties_svd")
 
 
-def random_adapter(name: str, seed: int) -> Adapter:
-    generator = torch.Generator().manual_seed(seed)
-    layers = {}
-    for layer in range(LAYERS):
-        for module, (d_out, d_in) in SHAPES.items():
-            A = 0.02 * torch.randn(RANK, d_in, generator=generator)
-            B = 0.02 * torch.randn(d_out, RANK, generator=generator)
-            layers[f"model.layers.{layer}.{module}"] = LoraFactors(A.bfloat16(), B.bfloat16(), 2.0)
-    return Adapter(name, layers)
+def settings(arguments: argparse.Namespace) -> list[dict]:
+    """Return what is measured: every model once, then ranks and numbers of adapters at one model."""
+    base = {"dtype": arguments.dtype, "device": arguments.device, "threads": arguments.threads, "dense": []}
+    chosen = [{**base, "model": model, "rank": RANK, "adapters": COUNT} for model in arguments.models]
+    for setting in chosen:
+        if setting["model"] in arguments.dense_models:
+            first = setting["model"] == arguments.dense_models[0]
+            setting["dense"] = list(DENSE_TYPES) if first else ["dare_linear_svd"]
+    sweeps = [(rank, COUNT) for rank in arguments.ranks if rank != RANK]
+    sweeps += [(RANK, count) for count in arguments.counts if count != COUNT]
+    return chosen + [{**base, "model": SWEEP_MODEL, "rank": r, "adapters": t} for r, t in sweeps]
 
 
-def random_fisher(space: CoreSpace, structure: str, seed: int) -> Fisher:
-    """Return a Fisher of random projections, decaying in scale so that its spectrum is not flat."""
-    generator = torch.Generator().manual_seed(seed)
-    accumulator = Accumulator(Structure(structure), [group.core_shape for group in space.groups])
-    halves = torch.arange(SEQUENCES) % 2
-    lengths = torch.full((SEQUENCES,), float(TOKENS))
-    for index, group in enumerate(space.groups):
-        layers, rows, columns = group.core_shape
-        x = torch.randn(layers, SEQUENCES, TOKENS, columns, generator=generator) * torch.linspace(1, 0.1, columns)
-        delta = torch.randn(layers, SEQUENCES, TOKENS, rows, generator=generator) * torch.linspace(1, 0.1, rows)
-        scores = GroupScores(x, delta, delta.mT @ x, lengths.expand(layers, -1), halves)
-        accumulator.update(index, scores, torch.ones(SEQUENCES))
-    accumulator.finish_batch(halves)
-    per_half = torch.full((2,), SEQUENCES / 2, dtype=torch.float64)
-    counts = Counts(per_half, per_half * TOKENS, per_half * TOKENS, per_half)
-    return Fisher(Structure(structure), space, accumulator.statistics(), counts, {"weight_sharing": "expand"})
+def in_child(script: str, argument: str, threads: int) -> dict:
+    """Run one setting in a process of its own, with so many threads that sleep while they wait."""
+    counts = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(threads))
+    finished = subprocess.run(
+        [sys.executable, str(Path(__file__).parent / script), argument],
+        env={**os.environ, **counts, "OMP_WAIT_POLICY": "PASSIVE"},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    return json.loads(finished.stdout.splitlines()[-1])
 
 
-@pytest.fixture(scope="module")
-def adapters() -> list[Adapter]:
-    return [random_adapter("utility", 0), random_adapter("safety", 1)]
+def slope(points: list[tuple[float, float]]) -> float:
+    """Return the least-squares slope of log y over log x."""
+    xs, ys = [math.log(x) for x, _ in points], [math.log(y) for _, y in points]
+    mean_x, mean_y = sum(xs) / len(xs), sum(ys) / len(ys)
+    return sum((x - mean_x) * (y - mean_y) for x, y in zip(xs, ys, strict=True)) / sum((x - mean_x) ** 2 for x in xs)
 
 
-@pytest.fixture(scope="module")
-def space(adapters) -> CoreSpace:
-    return CoreSpace.of(adapters)
+def slopes(rows: list[dict]) -> dict[str, dict[str, float]]:
+    """Return the slope over LoRA parameters from 1B to 70B shapes, by method and clock."""
+    found: dict[str, dict[str, float]] = {}
+    wide = [row for row in rows if row["model"] in SCALING and (row["rank"], row["adapters"]) == (RANK, COUNT)]
+    for method in dict.fromkeys(name for row in wide for name in row["methods"]):
+        timed = [(row["parameters"], row["methods"][method]) for row in wide if method in row["methods"]]
+        measured = [(size, result) for size, result in timed if "extrapolated" not in result]
+        if len(measured) > 2:
+            found[method] = {
+                clock: slope([(size, result[clock]) for size, result in measured]) for clock in ("cpu_s", "wall_s")
+            }
+    return found
 
 
-def test_core_space(benchmark, adapters):
-    space = benchmark(lambda: CoreSpace.of(adapters))
-    assert space.size == 210 * (2 * RANK) ** 2
+def extrapolate(rows: list[dict]) -> None:
+    """Give models whose dense merges were not measured the time of the largest measured block, by m n min(m, n)."""
+    from merge_shapes import MODELS as SHAPES
+
+    def work(model: str) -> int:
+        block = SHAPES[model].block().values()
+        return sum(m * n * min(m, n) for m, n in block)
+
+    reference = [row for row in rows if (row["rank"], row["adapters"]) == (RANK, COUNT)]
+    for kind in DENSE_TYPES:
+        name = f"peft {kind}"
+        measured = [row for row in reference if name in row["methods"]]
+        if not measured:
+            continue
+        source = max(measured, key=lambda row: work(row["model"]))
+        for row in reference:
+            if name not in row["methods"]:
+                blocks = SHAPES[row["model"]].blocks / SHAPES[source["model"]].blocks
+                factor = blocks * work(row["model"]) / work(source["model"])
+                row["methods"][name] = {
+                    "cpu_s": factor * source["methods"][name]["cpu_s"],
+                    "wall_s": factor * source["methods"][name]["wall_s"],
+                    "extrapolated": f"one block of {source['model']}, by m n min(m, n) and the number of blocks",
+                }
 
 
-def test_write_back(benchmark, space):
-    adapter = benchmark(lambda: space.to_adapter(space.core("safety"), name="merged"))
-    original = space.adapters[1].layers["model.layers.3.mlp.up_proj"].delta()
-    written = adapter.layers["model.layers.3.mlp.up_proj"].delta()
-    assert float((written - original).norm() / original.norm()) < 1e-2  # bfloat16 factors
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--models", nargs="*", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--dense-models", nargs="*", choices=MODELS, default=["SmolLM2-135M", "Llama-3.2-1B"])
+    parser.add_argument("--ranks", nargs="*", type=int, default=[4, 64], help=f"more ranks, at {SWEEP_MODEL}")
+    parser.add_argument("--counts", nargs="*", type=int, default=[4, 8], help=f"more adapters, at {SWEEP_MODEL}")
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--no-files", action="store_true", help="leave out the merge from files to a file")
+    parser.add_argument(
+        "--no-dense", action="store_const", const=[], dest="dense_models", help="no PEFT types with SVDs"
+    )
+    arguments = parser.parse_args()
+
+    import peft
+    import torch
+    from measuring import machine, write_results
+    from merge_report import plot, print_tables
+    from rich.console import Console
+
+    console = Console(width=150)
+    content: dict = {
+        "machine": machine(torch.device(arguments.device)),
+        "peft": peft.__version__,
+        "threads": arguments.threads,
+        "dtype": arguments.dtype,
+        "results": [],
+    }
+    rows = content["results"]
+    for setting in settings(arguments):
+        console.print(f"{setting['model']}, r = {setting['rank']}, {setting['adapters']} adapters …", highlight=False)
+        rows.append(in_child("merge_methods.py", json.dumps(setting), arguments.threads))
+        write_results(arguments.output, content)
+    extrapolate(rows)
+    content["slopes_1B_to_70B"] = slopes(rows)
+    if not arguments.no_files:
+        console.print("70B-shaped adapters from files to a file …")
+        with tempfile.TemporaryDirectory(prefix="sstmerge-benchmark-") as folder:
+            prepared = json.dumps({"step": "prepare", "folder": folder, "model": "Llama-2-70B"})
+            in_child("merge_files.py", prepared, arguments.threads)
+            merged = json.dumps({"step": "merge", "folder": folder})
+            content["files"] = in_child("merge_files.py", merged, arguments.threads)
+    write_results(arguments.output, content)
+    plot(content, arguments.output.with_suffix(".png"))
+    print_tables(content, console)
 
 
-@pytest.mark.parametrize("structure", ["diagonal", "kfac", "global", "block"])
-def test_solve_and_project(benchmark, space, structure):
-    gain, cost = random_fisher(space, structure, 2), random_fisher(space, structure, 3)
-    utility, safety = space.core("utility"), space.core("safety")
-    rounds = 1 if structure == "block" else 5
-
-    def run():
-        return merge_cores(solve(gain, cost), utility, safety, selection=Selection(top=16))
-
-    merged = benchmark.pedantic(run, rounds=rounds)
-    assert merged.report.directions == 16
-
-
-@pytest.mark.parametrize("structure", ["kfac", "global"])
-def test_whole(benchmark, adapters, space, structure):
-    gain, cost = random_fisher(space, structure, 2), random_fisher(space, structure, 3)
-
-    def run():
-        fresh = CoreSpace.of(adapters)
-        spectrum = solve(gain, cost)
-        merged = merge_cores(spectrum, fresh.core("utility"), fresh.core("safety"), selection=Selection(top=16))
-        return fresh.to_adapter(merged.core, name="merged")
-
-    adapter = benchmark(run)
-    assert len(adapter.layers) == 210
+if __name__ == "__main__":
+    main()
