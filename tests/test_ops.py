@@ -78,7 +78,7 @@ def test_every_backend_is_described():
 
     assert list(described) == ["cuda_compiled", "cuda_cupy", "cpu_compiled", "reference"]
     assert all(info.reason for info in described.values())
-    assert described["cpu_compiled"].ops == ("generalized_eigh", "dare", "magnitude_prune", "ties")
+    assert described["cpu_compiled"].ops == ("generalized_eigh", "dare", "magnitude_prune", "ties", "torch_dare")
     assert set(described["reference"].ops) >= {*described["cpu_compiled"].ops, "filter_cores"}
     assert all(info.ops == () for info in described.values() if not info.available)
 

@@ -23,16 +23,7 @@ KERNEL_OPS = (
     "magnitude_prune",
     "ties",
 )
-REFERENCE_OPS = (
-    "generalized_eigh",
-    "filter_cores",
-    "project_accumulate",
-    "sequence_scores",
-    "dare",
-    "magnitude_prune",
-    "ties",
-    "torch_dare",
-)
+REFERENCE_OPS = (*KERNEL_OPS, "torch_dare")
 
 
 @dataclass(frozen=True)
