@@ -15,8 +15,8 @@ high-water mark of memory rises above what was resident before. Ours is taken ap
 
 `merge` is cores + solve + select + write_back, what PEFT's call does. Checking that a Fisher belongs to the adapters
 (`identify`, SHA-256) is shown apart; `files` merges a 70B-shaped pair of adapters from files to a file in a process of its
-own. PEFT's dense types and mergekit, which forms dense weight changes too, are measured on one block where that takes seconds
-and extrapolated elsewhere; the JSON says from what. `global` keeps 128 scores of size D.
+own. PEFT's dense types and mergekit, which forms dense weight changes too, are measured on one block where that takes
+seconds, and extrapolated elsewhere; the JSON says from what. `global` keeps 128 scores of size D.
 """
 
 from __future__ import annotations
