@@ -74,7 +74,8 @@ def tiny(modules):
 def test_safety_tax_runs_through_and_resumes(modules, model, data, tmp_path):
     said = []
     config = tiny(modules)
-    experiment = modules["safety_tax"].SafetyTax(model, data, tmp_path / "out", config, said.append)
+    bench = modules["workbench"].Workbench(model, data, tmp_path / "out", said.append)
+    experiment = modules["safety_tax"].SafetyTax(bench, tmp_path / "out", config)
     assert experiment.estimate() > 0
     experiment.run()
     page = (tmp_path / "out" / "report.md").read_text()
@@ -92,7 +93,8 @@ def test_safety_tax_runs_through_and_resumes(modules, model, data, tmp_path):
     # Again, with every method there is: only the new ones are run.
     said.clear()
     more = replace(config, methods=None, scales=(0.5,), seeds=(0,))
-    again = modules["safety_tax"].SafetyTax(model, data, tmp_path / "out", more, said.append)
+    bench = modules["workbench"].Workbench(model, data, tmp_path / "out", said.append)
+    again = modules["safety_tax"].SafetyTax(bench, tmp_path / "out", more)
     again.run()
     assert len(again.listed) > 25
     assert said == ["point …"] * (len(again.listed) - len(names))
@@ -138,3 +140,34 @@ def test_metrics_of_a_made_up_experiment(modules):
     assert found["paying"]["over-refusal at matched safety"]["estimate"] == pytest.approx(0.8)
     assert found["paying"]["pearson of safety and utility"] == pytest.approx(-1)
     assert found["sst free"]["pearson of safety and utility"] is None
+
+
+def test_fidelity_runs_through_and_resumes(modules, model, data, tmp_path):
+    fidelity, said = modules["fidelity"], []
+    config = replace(
+        fidelity.QUICK,
+        sizes=modules["prompts"].Sizes(safety=8, utility=8, calibration=8, test=4, task_test=4),
+        samples=(2, 4),
+        epochs=1,
+        resamples=20,
+    )
+    for _ in range(2):
+        bench = modules["workbench"].Workbench(model, data, tmp_path / "out", said.append)
+        experiment = fidelity.Fidelity(bench, tmp_path / "out", config)
+        assert experiment.estimate() > 0
+        experiment.run()
+    # Once each: 2 adapters; for each of 2 references a held-out pair, 3 structures × 2 sizes of pairs, and their 6 KLs.
+    assert len(said) == 2 + 2 * (1 + 6 + 6)
+    rows = json.loads((tmp_path / "out" / "fidelity.json").read_text())["rows"]
+    assert [(r["structure"], r["samples"]) for r in rows[:3]] == [("global", 4), ("global", 2), ("kfac", 4)]
+    for row in rows:
+        assert row["measured KL"] > 0
+        assert row["held-out KL"] > 0
+        ratio = row["measured / predicted"]
+        assert ratio["estimate"] == pytest.approx(row["measured KL"] / row["predicted KL"])
+        assert ratio["low"] <= ratio["estimate"] <= ratio["high"]
+        assert -1.001 <= row["agreement"] <= 1.001
+    # The first case of every reference is what the others are compared with.
+    assert [r["agreement"] for r in rows[:: len(rows) // 2]] == pytest.approx([1, 1])
+    page = (tmp_path / "out" / "fidelity.md").read_text()
+    assert page.count("| utility | ") == len(rows) // 2

@@ -13,7 +13,6 @@ instructions of refusal_direction, the tasks); without it they come from the hub
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
 from collections.abc import Callable
@@ -26,26 +25,21 @@ import numpy as np
 import torch
 from candidates import Candidate, Merger, candidates
 from measurement import OUTCOMES_FILE, as_arrays, measure
-from prompts import Prompts, Sizes, draw_prompts
+from prompts import Prompts, Sizes
 from report import Results, stack, write_report
-from stages import Stages, digest, file_digest, versions
+from stages import versions
+from workbench import ROLES, Workbench, common_arguments, in_words, rows_key, stage_names, stopwatch
 
 from sstmerge import available_methods
-from sstmerge.adapters import Adapter, CoreSpace, load_adapter
-from sstmerge.demo.train_adapters import ALL_LINEAR, Recipe, fit_adapter
-from sstmerge.errors import SSTMergeError
-from sstmerge.fisher import Fisher, collect_fisher
-from sstmerge.gevp import solve
+from sstmerge.adapters import Adapter, CoreSpace
+from sstmerge.gevp import Spectrum, solve
 from sstmerge.merging.methods.statistics import FisherStatistics
-from sstmerge.pipeline.calibration import CollectionOptions, batches_of, collect_pair
+from sstmerge.pipeline.calibration import CollectionOptions
 from sstmerge.pipeline.evaluate_job import adapter_state, core_state
-from sstmerge.pipeline.models import load_model, load_tokenizer
-from sstmerge.pipeline.roles import Roles, roles_in
-from sstmerge.prompts import Example, encode
+from sstmerge.pipeline.roles import roles_in
+from sstmerge.prompts import Example
 
 STATISTICS = "kfac"  # what RegMean, Fisher merging and the Fisher-ratio mask are given
-ROLES = ("utility", "safety")
-LONGEST = 256  # tokens of a training sequence
 OWN_ROWS = 64  # training rows that an adapter's own Fisher sees
 
 
@@ -114,36 +108,27 @@ QUICK = Config(
 class SafetyTax:
     """One run of the experiment."""
 
-    def __init__(self, model: str, data: Path | None, out: Path, config: Config, say: Callable[[str], None]) -> None:
-        self.config, self.data, self.out, self._say = config, data, out, say
-        self.stages = Stages(out / "stages", say)
-        self.tokenizer = load_tokenizer(model)
-        self.model_name, self.model = model, load_model(model)
-        weights = sorted(Path(model).glob("*.safetensors"))
-        self.model_key = {"files": {path.name: file_digest(path) for path in weights}} if weights else {"hub": model}
+    def __init__(self, bench: Workbench, out: Path, config: Config) -> None:
+        self.bench, self.out, self.config = bench, out, config
         self.listed = candidates(config.methods, config.structures, config.rules)
 
     def estimate(self) -> float:
         """Return the seconds that everything will take from scratch, from a probe of this machine."""
-        prompts = self._prompts(self.config.seeds[0])
-        started = time.perf_counter()
-        probe = replace(prompts, test={k: v[:4] for k, v in prompts.test.items()}, tasks={})
-        batches = batches_of(self.model, self.tokenizer, prompts.safety[:8], CollectionOptions())
-        with torch.no_grad():
-            for batch in batches:  # forward passes of the training's length
-                self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
-        per_row = (time.perf_counter() - started) / 8
-        started = time.perf_counter()
-        self.stages.folder.mkdir(parents=True, exist_ok=True)
-        self._answers_only(probe)
-        per_answer = (time.perf_counter() - started) / 12
         config, sizes = self.config, self.config.sizes
+        prompts = self.bench.prompts(config.tasks, sizes, config.seeds[0])
+        per_row = self.bench.seconds_per_row(prompts.safety[:8])
+        probe = replace(prompts, test={k: v[:8] for k, v in prompts.test.items()}, tasks={})
+        started = time.perf_counter()
+        with TemporaryDirectory() as folder:
+            self._measure(adapter_state(self.bench.model, None), probe, Path(folder))
+        per_answer = (time.perf_counter() - started) / sum(map(len, probe.test.values()))
         learned = 2 * sizes.safety + len(config.tasks) * sizes.utility
         points = len(self.listed) * len(config.scales) + 3
+        # A backward pass takes two forward passes, and training its weights' gradients; sampled labels take a draw each.
         training = 4 * per_row * config.epochs * learned
-        fishers = 4 * per_row * 3 * sizes.calibration * (len(set(config.structures) | {STATISTICS}) + 2)
-        # Batches of a hundred answers cost about a third of a dozen's, each.
-        measuring = points * (3 * sizes.test * per_answer / 3 + len(config.tasks) * sizes.task_test * per_row)
+        fishers = 4 * per_row * 4 * sizes.calibration * (len({*config.structures, STATISTICS}) + 2)
+        # Decoding a hundred prompts together takes about half as long for each as decoding two dozen.
+        measuring = points * (3 * sizes.test * per_answer / 2 + len(config.tasks) * sizes.task_test * per_row)
         return len(config.seeds) * (training + fishers + measuring)
 
     def run(self) -> None:
@@ -151,7 +136,7 @@ class SafetyTax:
         experts: list[dict[str, Any]] = []
         swept: list[list[list[Any]]] = []
         for seed in self.config.seeds:
-            prompts = self._prompts(seed)
+            prompts = self.bench.prompts(self.config.tasks, self.config.sizes, seed)
             folders = {role: self._train(role, prompts, seed) for role in ROLES}
             merger = self._merger(prompts, folders, seed)
             zero = merger.roles.space.zero()
@@ -174,90 +159,43 @@ class SafetyTax:
         )
         manifest = {
             "experiment": "Experiment A: Safety Tax",
-            "model": self.model_key,
+            "model": self.bench.model_key,
             "config": asdict(self.config),
             "versions": versions(),
             "threads": torch.get_num_threads(),
             "not run": "methods that need an aligned full model beside its base (aligned_pair)",
-            "stages": self.stages.records,
+            "stages": self.bench.stages.records,
         }
         write_report(results, self.out, manifest, resamples=self.config.resamples, seed=0)
 
     # ---- stages ----------------------------------------------------------------------------------------------------
 
-    def _prompts(self, seed: int) -> Prompts:
-        return draw_prompts(self.data, self.config.tasks, self.config.sizes, seed)
-
     def _train(self, role: str, prompts: Prompts, seed: int) -> Path:
         config = self.config
-        mixed = prompts.safety if config.safety == "mixed" else prompts.refusals
-        rows = mixed if role == "safety" else prompts.utility
-        recipe = Recipe(role, (), 8, 16, ALL_LINEAR, learning_rate=config.learning_rate, epochs=config.epochs)
-
-        def compute(folder: Path) -> None:
-            base = load_model(self.model_name)
-            encoded = encode(rows, self.tokenizer, max_length=LONGEST)
-            fit_adapter(
-                base, encoded, recipe, folder, pad_token_id=self.tokenizer.pad_token_id, seed=seed, overwrite=True
-            )
-
-        inputs = {"model": self.model_key, "recipe": asdict(recipe), "rows": _key(rows), "seed": seed}
-        return self.stages.run(f"adapter-{role}", inputs, compute)
+        learned = prompts.safety if config.safety == "mixed" else prompts.refusals
+        rows = learned if role == "safety" else prompts.utility
+        return self.bench.train(role, rows, seed, epochs=config.epochs, learning_rate=config.learning_rate)
 
     def _merger(self, prompts: Prompts, folders: dict[str, Path], seed: int) -> Merger:
-        adapters = {role: load_adapter(folders[role] / role, name=role) for role in ROLES}
+        config, bench = self.config, self.bench
+        adapters = bench.adapters(folders)
         space = CoreSpace.of(list(adapters.values()))
-        roles = roles_in(space, ["utility"], "safety", None)
-        swapped = [*prompts.gain, *prompts.cost]
-        order = np.random.default_rng(seed).permutation(len(swapped))
-        shuffled = [swapped[i] for i in order]
-        structures = sorted({*self.config.structures, STATISTICS})
-        spectra = {s: self._spectrum(s, prompts.gain, prompts.cost, roles, folders, seed) for s in structures}
-        split = len(prompts.gain)
-        first = self.config.structures[0]
-        spectra["permuted"] = self._spectrum(first, shuffled[:split], shuffled[split:], roles, folders, seed)
-        own = {"utility": prompts.utility, "safety": prompts.safety}
-        fishers = {r: self._own_fisher(r, own[r][:OWN_ROWS], space, folders, seed) for r in ROLES}
-        return Merger(adapters, roles, spectra, FisherStatistics(fishers), seed)
-
-    def _spectrum(
-        self,
-        structure: str,
-        gain: list[Example],
-        cost: list[Example],
-        roles: Roles,
-        folders: dict[str, Path],
-        seed: int,
-    ) -> Any:
-        config = self.config
         options = CollectionOptions(
-            structure=structure, reference=config.reference, response_tokens=config.response_tokens, draws=2, seed=seed
+            reference=config.reference, response_tokens=config.response_tokens, draws=2, seed=seed
         )
 
-        def compute(folder: Path) -> None:
-            batches = [batches_of(self.model, self.tokenizer, rows, options) for rows in (gain, cost)]
-            for name, fisher in zip(
-                ("gain", "cost"), collect_pair(self.model, roles.space, *batches, options), strict=True
-            ):
-                fisher.save(folder / f"{name}.safetensors")
+        def spectrum(structure: str, gain: list[Example], cost: list[Example]) -> Spectrum:
+            return solve(*bench.pair(gain, cost, replace(options, structure=structure), space, folders))
 
-        inputs = {"options": asdict(options), "gain": _key(gain), "cost": _key(cost), "adapters": _names(folders)}
-        folder = self.stages.run(f"fishers-{structure}", inputs, compute)
-        adapters = roles.space.adapters
-        return solve(*(Fisher.load(folder / f"{name}.safetensors", adapters) for name in ("gain", "cost")))
-
-    def _own_fisher(
-        self, role: str, rows: list[Example], space: CoreSpace, folders: dict[str, Path], seed: int
-    ) -> Fisher:
-        def compute(folder: Path) -> None:
-            batches = batches_of(self.model, self.tokenizer, rows, CollectionOptions(max_length=LONGEST))
-            collect_fisher(
-                self.model, batches, space, structure=STATISTICS, labels="sampled", reference=role, seed=seed
-            ).save(folder / "own.safetensors")
-
-        inputs = {"structure": STATISTICS, "rows": _key(rows), "adapters": _names(folders), "role": role, "seed": seed}
-        folder = self.stages.run(f"own-fisher-{role}", inputs, compute)
-        return Fisher.load(folder / "own.safetensors", space.adapters)
+        structures = sorted({*config.structures, STATISTICS})
+        spectra = {structure: spectrum(structure, prompts.gain, prompts.cost) for structure in structures}
+        mixed = [*prompts.gain, *prompts.cost]
+        mixed = [mixed[position] for position in np.random.default_rng(seed).permutation(len(mixed))]
+        split = len(prompts.gain)
+        spectra["permuted"] = spectrum(config.structures[0], mixed[:split], mixed[split:])
+        own = {"utility": prompts.utility[:OWN_ROWS], "safety": prompts.safety[:OWN_ROWS]}
+        fishers = {r: bench.own_fisher(r, own[r], STATISTICS, space, folders, seed) for r in ROLES}
+        return Merger(adapters, roles_in(space, ["utility"], "safety", None), spectra, FisherStatistics(fishers), seed)
 
     def _swept(
         self, candidate: Candidate, scale: float, merger: Merger, prompts: Prompts, folders: dict[str, Path], seed: int
@@ -272,33 +210,30 @@ class SafetyTax:
     ) -> dict[str, Any]:  # fmt: skip
         def compute(folder: Path) -> None:
             found = merged() if callable(merged) else merged
-            state = (
-                adapter_state(self.model, found)
-                if isinstance(found, Adapter)
-                else core_state(self.model, merger.roles.space, found)
-            )
-            measure(self.model, self.tokenizer, state, prompts, folder, answer_tokens=self.config.answer_tokens)
+            model, space = self.bench.model, merger.roles.space
+            is_adapter = isinstance(found, Adapter)
+            state = adapter_state(model, found) if is_adapter else core_state(model, space, found)
+            self._measure(state, prompts, folder)
 
         used = _statistics_of(settings or {})
         inputs = {
             "name": name,
             "settings": settings,
             "seed": seed,
-            "adapters": _names(folders),
-            "statistics": [n for n in self.stages.records if n.startswith(used) and self._of_seed(n, folders)],
-            "test": {kind: _key(rows) for kind, rows in (prompts.test | prompts.tasks).items()},
+            "adapters": stage_names(folders),
+            "statistics": [n for n in self.bench.stages.records if n.startswith(used) and self._of_seed(n, folders)],
+            "test": {kind: rows_key(rows) for kind, rows in (prompts.test | prompts.tasks).items()},
             "answer_tokens": self.config.answer_tokens,
         }
-        folder = self.stages.run("point", inputs, compute)
+        folder = self.bench.stages.run("point", inputs, compute)
         return as_arrays(json.loads((folder / OUTCOMES_FILE).read_text(encoding="utf-8")))
 
     def _of_seed(self, stage: str, folders: dict[str, Path]) -> bool:
-        return self.stages.records[stage]["inputs"]["adapters"] == _names(folders)
+        return self.bench.stages.records[stage]["inputs"]["adapters"] == stage_names(folders)
 
-    def _answers_only(self, prompts: Prompts) -> None:
-        with TemporaryDirectory() as folder:
-            nothing = adapter_state(self.model, None)
-            measure(self.model, self.tokenizer, nothing, prompts, Path(folder), answer_tokens=self.config.answer_tokens)
+    def _measure(self, state: Callable[[], Any], prompts: Prompts, folder: Path) -> None:
+        bench = self.bench
+        measure(bench.model, bench.tokenizer, state, prompts, folder, answer_tokens=self.config.answer_tokens)
 
 
 def _statistics_of(settings: dict[str, Any]) -> tuple[str, ...]:
@@ -310,46 +245,28 @@ def _statistics_of(settings: dict[str, Any]) -> tuple[str, ...]:
     return ()
 
 
-def _key(rows: list[Example]) -> str:
-    return digest([[list(row.messages), row.response] for row in rows])
-
-
-def _names(folders: dict[str, Path]) -> dict[str, str]:
-    return {role: folder.name for role, folder in folders.items()}
-
-
 def main() -> None:
     """Run the experiment from the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="base model: directory or hub id")
-    parser.add_argument("--data", type=Path, help="folder with the data sets' files (default: from the hub)")
-    parser.add_argument("--out", type=Path, required=True, help="folder for stages and report")
-    parser.add_argument(
-        "--quick", action="store_true", help="one seed, nine methods, few prompts: proves the way, no more"
-    )
-    parser.add_argument("--seeds", type=int, nargs="+", help="seeds (default: those of the configuration)")
+    parser = common_arguments(__doc__)
     parser.add_argument("--methods", nargs="+", help="methods of the registry (default: those of the configuration)")
     parser.add_argument("--scales", type=float, nargs="+", help="scales (default: those of the configuration)")
     parser.add_argument("--safety", choices=("mixed", "refusal-only"), default="mixed")
-    parser.add_argument("--estimate-only", action="store_true", help="say how long it would take, and stop")
     arguments = parser.parse_args()
     config = replace(QUICK if arguments.quick else Config(), safety=arguments.safety)
     for name in ("seeds", "methods", "scales"):
         if getattr(arguments, name):
             config = replace(config, **{name: tuple(getattr(arguments, name))})
-    started = time.perf_counter()
+    say = stopwatch()
 
-    def say(words: str) -> None:
-        print(f"{time.perf_counter() - started:7.0f} s  {words}", flush=True)
-
-    try:
-        experiment = SafetyTax(arguments.model, arguments.data, arguments.out, config, say)
+    def run() -> None:
+        bench = Workbench(arguments.model, arguments.data, arguments.out, say)
+        experiment = SafetyTax(bench, arguments.out, config)
         say(f"From scratch this takes about {experiment.estimate() / 60:.0f} minutes on this machine.")
         if not arguments.estimate_only:
             experiment.run()
             say(f"Wrote {arguments.out / 'report.md'}")
-    except SSTMergeError as error:
-        raise SystemExit(str(error)) from error
+
+    in_words(run)
 
 
 if __name__ == "__main__":

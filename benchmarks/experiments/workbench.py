@@ -1,0 +1,159 @@
+"""What the experiments share: the model, the kept stages, adapters and Fishers."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from prompts import Prompts, Sizes, draw_prompts
+from stages import Stages, digest, file_digest
+
+from sstmerge.adapters import Adapter, CoreSpace, load_adapter
+from sstmerge.demo.train_adapters import ALL_LINEAR, Recipe, fit_adapter
+from sstmerge.errors import SSTMergeError
+from sstmerge.fisher import Fisher, collect_fisher
+from sstmerge.pipeline.calibration import CollectionOptions, batches_of, collect_pair
+from sstmerge.pipeline.models import load_model, load_tokenizer
+from sstmerge.prompts import Example, encode
+
+ROLES = ("utility", "safety")
+LONGEST = 256  # tokens of a training sequence
+PAIR = ("gain", "cost")
+Folders = Mapping[str, Path]
+
+
+class Workbench:
+    """A model with the stages that are kept for it.
+
+    Attributes:
+        model: The base model.
+        tokenizer: Its tokenizer.
+        model_key: What tells the model from others: hashes of its weight files, or its hub id.
+        stages: The stages.
+    """
+
+    def __init__(self, model: str, data: Path | None, out: Path, say: Callable[[str], None]) -> None:
+        self._name, self._data = model, data
+        self.stages = Stages(out / "stages", say)
+        self.tokenizer, self.model = load_tokenizer(model), load_model(model)
+        weights = sorted(Path(model).glob("*.safetensors"))
+        self.model_key = {path.name: file_digest(path) for path in weights} if weights else {"hub": model}
+
+    def prompts(self, tasks: Sequence[str], sizes: Sizes, seed: int) -> Prompts:
+        """Draw the prompts of a seed."""
+        return draw_prompts(self._data, tasks, sizes, seed)
+
+    def train(self, role: str, rows: list[Example], seed: int, *, epochs: int, learning_rate: float) -> Path:
+        """Train the adapter of a role; its directory is the returned folder's `role`."""
+        recipe = Recipe(role, (), 8, 16, ALL_LINEAR, learning_rate=learning_rate, epochs=epochs)
+
+        def compute(folder: Path) -> None:
+            encoded = encode(rows, self.tokenizer, max_length=LONGEST)
+            padding = self.tokenizer.pad_token_id
+            fit_adapter(
+                load_model(self._name), encoded, recipe, folder, pad_token_id=padding, seed=seed, overwrite=True
+            )
+
+        inputs = {"model": self.model_key, "recipe": asdict(recipe), "rows": rows_key(rows), "seed": seed}
+        return self.stages.run(f"adapter-{role}", inputs, compute)
+
+    def adapters(self, folders: Folders) -> dict[str, Adapter]:
+        """Load the adapters that `train` wrote."""
+        return {role: load_adapter(folders[role] / role, name=role) for role in ROLES}
+
+    def pair(
+        self, gain: list[Example], cost: list[Example], options: CollectionOptions, space: CoreSpace, folders: Folders
+    ) -> tuple[Fisher, Fisher]:
+        """Collect F_gain and F_cost, or load them."""
+
+        def compute(folder: Path) -> None:
+            batches = [batches_of(self.model, self.tokenizer, rows, options) for rows in (gain, cost)]
+            for name, fisher in zip(PAIR, collect_pair(self.model, space, *batches, options), strict=True):
+                fisher.save(folder / f"{name}.safetensors")
+
+        inputs = {
+            "options": asdict(options),
+            "gain": rows_key(gain),
+            "cost": rows_key(cost),
+            "adapters": stage_names(folders),
+        }
+        folder = self.stages.run(f"fishers-{options.structure}", inputs, compute)
+        found = [Fisher.load(folder / f"{name}.safetensors", space.adapters) for name in PAIR]
+        return found[0], found[1]
+
+    def own_fisher(
+        self, role: str, rows: list[Example], structure: str, space: CoreSpace, folders: Folders, seed: int
+    ) -> Fisher:
+        """Collect the Fisher of an adapter on its own data at itself, or load it."""
+
+        def compute(folder: Path) -> None:
+            batches = batches_of(self.model, self.tokenizer, rows, CollectionOptions(max_length=LONGEST))
+            collect_fisher(
+                self.model, batches, space, structure=structure, labels="sampled", reference=role, seed=seed
+            ).save(folder / "own.safetensors")
+
+        inputs = {
+            "structure": structure,
+            "rows": rows_key(rows),
+            "adapters": stage_names(folders),
+            "role": role,
+            "seed": seed,
+        }
+        folder = self.stages.run(f"own-fisher-{role}", inputs, compute)
+        return Fisher.load(folder / "own.safetensors", space.adapters)
+
+    def seconds_per_row(self, rows: list[Example]) -> float:
+        """Return the seconds of a forward pass per sequence, measured on these rows after a warm-up."""
+        batches = batches_of(self.model, self.tokenizer, rows, CollectionOptions(max_length=LONGEST))
+        elapsed = 0.0
+        for _ in range(2):
+            started = time.perf_counter()
+            with torch.no_grad():
+                for batch in batches:
+                    self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
+            elapsed = time.perf_counter() - started
+        return elapsed / len(rows)
+
+
+def rows_key(rows: Sequence[Example]) -> str:
+    """Return a hash of prompts and responses."""
+    return digest([[list(row.messages), row.response] for row in rows])
+
+
+def stage_names(folders: Folders) -> dict[str, str]:
+    """Return the names of stages' folders, which hold the hashes of what they depend on."""
+    return {role: folder.name for role, folder in folders.items()}
+
+
+def common_arguments(description: str) -> argparse.ArgumentParser:
+    """Return a parser of what every experiment takes."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="base model: directory or hub id")
+    parser.add_argument("--data", type=Path, help="folder with the data sets' files (default: from the hub)")
+    parser.add_argument("--out", type=Path, required=True, help="folder for stages and report")
+    parser.add_argument("--quick", action="store_true", help="one seed and few prompts: proves the way, no more")
+    parser.add_argument("--seeds", type=int, nargs="+", help="seeds (default: those of the configuration)")
+    parser.add_argument("--estimate-only", action="store_true", help="say how long it would take, and stop")
+    return parser
+
+
+def stopwatch() -> Callable[[str], None]:
+    """Return a function that prints a line with the seconds since now."""
+    started = time.perf_counter()
+
+    def say(words: str) -> None:
+        print(f"{time.perf_counter() - started:7.0f} s  {words}", flush=True)
+
+    return say
+
+
+def in_words(run: Callable[[], None]) -> None:
+    """Run, and end with the sentence of an expected error instead of a traceback."""
+    try:
+        run()
+    except SSTMergeError as error:
+        raise SystemExit(str(error)) from error
