@@ -21,17 +21,19 @@ mergekit's own command; in Python, call `register()` first.
 
 from __future__ import annotations
 
+import sys
 from functools import cache
 from typing import Optional
 
 import mergekit.merge_methods
 import torch
+import yaml
 from mergekit.common import ModelReference
 from mergekit.merge_methods import BasePolicy, InputContract, MergeMethod, PerNonBase, TensorGroup, merge_method
 from mergekit.scripts import run_yaml
 
 from sstmerge.adapters import Adapter, changed_weight
-from sstmerge.errors import InputError
+from sstmerge.errors import InputError, SSTMergeError
 from sstmerge.merging import Selection
 from sstmerge.pipeline.merge import merge_from_fishers
 
@@ -161,6 +163,11 @@ def register() -> MergeMethod:
 
 
 def main() -> None:
-    """Run mergekit's `mergekit-yaml` with the method registered."""
+    """Run mergekit's `mergekit-yaml` with the method registered; unusable input ends it with a sentence and exit code 2."""
     register()
-    run_yaml.main()
+    try:
+        run_yaml.main()
+    except (SSTMergeError, yaml.YAMLError, OSError, ValueError, LookupError, TypeError, RuntimeError) as error:
+        # mergekit itself raises plain errors for configurations that it cannot use.
+        sys.stderr.write(f"Error: {' '.join(str(error).split()) or type(error).__name__}\n")
+        sys.exit(2)

@@ -45,8 +45,7 @@ def synthetic_adapter(name: str, seed: int, rank: int = 2, size: float = 0.3) ->
 
 
 def synthetic_fisher(space: CoreSpace, structure: str, labels: str, seed: int, sequences: int = 24) -> Fisher:
-    """Return a Fisher of random scores, which went the way of collected ones."""
-    generator = torch.Generator().manual_seed(seed)
+    """Return a Fisher of random activations and gradients of every layer, which went the way of collected ones."""
     shapes = [group.core_shape for group in space.groups]
     basis = KroneckerBasis(
         tuple(torch.eye(i, dtype=torch.float64).expand(layers, -1, -1).contiguous() for layers, _, i in shapes),
@@ -55,11 +54,14 @@ def synthetic_fisher(space: CoreSpace, structure: str, labels: str, seed: int, s
     kind = parse_structure(structure)
     accumulator = Accumulator(kind, shapes, basis=basis if structure == "ekfac" else None)
     halves = torch.arange(sequences) % 2
-    for group, (layers, rows, columns) in enumerate(shapes):
-        x = torch.randn(layers, sequences, 3, columns, generator=generator)
-        delta = torch.randn(layers, sequences, 3, rows, generator=generator)
-        lengths = torch.full((layers, sequences), 3.0)
-        accumulator.update(group, GroupScores(x, delta, delta.mT @ x, lengths, halves), torch.ones(sequences))
+    for i, group in enumerate(space.groups):
+        x = torch.stack([_drawn(name, seed, sequences, LAYERS[name][1]) for name in group.names]) @ group.V[:, None]
+        delta = (
+            torch.stack([_drawn(name, seed + 100, sequences, LAYERS[name][0]) for name in group.names])
+            @ group.U[:, None]
+        )
+        lengths = torch.full((len(group.names), sequences), 3.0)
+        accumulator.update(i, GroupScores(x, delta, delta.mT @ x, lengths, halves), torch.ones(sequences))
     accumulator.finish_batch(halves)
     half = torch.full((2,), sequences / 2, dtype=torch.float64)
     metadata = {"labels": labels, "reference": "base", "model": "synthetic", "weight_sharing": "expand"}
@@ -68,6 +70,12 @@ def synthetic_fisher(space: CoreSpace, structure: str, labels: str, seed: int, s
         for i, (P, Q) in enumerate(zip(basis.P, basis.Q, strict=True)):
             statistics |= {f"kronecker_input_basis.{i}": P, f"kronecker_output_basis.{i}": Q}
     return Fisher(kind, space, statistics, Counts(half, 3 * half, 3 * half, half.clone()), metadata)
+
+
+def _drawn(layer: str, seed: int, sequences: int, size: int) -> torch.Tensor:
+    """Return numbers (n, 3, size) that belong to a layer, whatever the space and its order."""
+    generator = torch.Generator().manual_seed(1000 * seed + list(LAYERS).index(layer))
+    return torch.randn(sequences, 3, size, generator=generator)
 
 
 def write_valid_files(folder: Path) -> ValidFiles:

@@ -15,6 +15,9 @@ from torch import Tensor
 
 from sstmerge.errors import AdapterError
 
+# Norms of weight changes take fourth powers of entries, which must stay within float64.
+LARGEST_ENTRY = 1e30
+
 
 @dataclass(frozen=True)
 class LoraFactors:
@@ -114,6 +117,11 @@ class Adapter:
                 extremes[label] = _largest_magnitude(tensor)
                 if not math.isfinite(extremes[label]):
                     raise AdapterError(f"{where} holds NaN or Inf; the training diverged or the file is damaged.")
+                if float(tensor.abs().max()) > LARGEST_ENTRY:
+                    raise AdapterError(
+                        f"{where} holds {float(tensor.abs().max()):.1e}, beyond {LARGEST_ENTRY:.0e}: products of such "
+                        "numbers overflow. The training diverged or the file is damaged."
+                    )
             if factors.A.shape[0] != factors.B.shape[1]:
                 raise AdapterError(
                     f"Layer '{path}' of adapter '{self.name}' has lora_A of shape {tuple(factors.A.shape)} and lora_B "

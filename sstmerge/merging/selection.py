@@ -84,7 +84,7 @@ def select(selection: Selection, eigenvalues: Tensor, coordinates: Tensor, dimen
         kept = min(count, math.ceil(selection.fraction * dimension))
     elif selection.energy is not None:
         cumulative = (eigenvalues * coordinates.square())[order].cumsum(0)
-        if not float(cumulative[-1]) > 0:
+        if not len(cumulative) or not float(cumulative[-1]) > 0:
             raise InputError("The safety adapter has no gain energy: no direction with λ > 0 has a part in it.")
         reached = cumulative >= selection.energy * cumulative[-1] * (1 - 1e-12)
         kept = int(reached.to(torch.int8).argmax()) + 1

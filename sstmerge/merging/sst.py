@@ -22,6 +22,7 @@ from torch import Tensor
 
 from sstmerge.errors import InputError
 from sstmerge.gevp import Spectrum
+from sstmerge.merging.cautions import cautions
 from sstmerge.merging.selection import Selection, efficiency_order, select, shrinkage
 
 # The directions kept where the user chooses none: those that hold this share of the safety adapter's gain energy.
@@ -184,6 +185,7 @@ def report(
     per_layer = space.layer_sums(kept.double()) if spectrum.complete else None
     norms = space.layer_sums(change.square()).sqrt()
     effective = spectrum.gain.counts.effective_sequences, spectrum.cost.counts.effective_sequences
+    predicted_kl = 0.5 * spectrum.cost.quadratic(change)
     return MergeReport(
         rule=rule.value,
         structure=spectrum.gain.structure.value,
@@ -193,7 +195,7 @@ def report(
         directions=int(kept.sum()),
         directions_in_all=space.size,
         gain_kept=spectrum.gain.quadratic(change) / (scale**2 * whole_gain) if whole_gain > 0 and scale else 0.0,
-        predicted_kl=0.5 * spectrum.cost.quadratic(change),
+        predicted_kl=predicted_kl,
         predicted_kl_task_arithmetic=0.5 * spectrum.cost.quadratic(scale * source),
         predicted_gain=float(spectrum.gain.mean_score() @ change),
         norm=float(change.norm()),
@@ -207,7 +209,7 @@ def report(
         spectrum=spectrum.eigenvalues.topk(min(64, len(spectrum.eigenvalues))).values.tolist(),
         gain_sequences=effective[0],
         cost_sequences=effective[1],
-        warnings=tuple(_warnings(spectrum, scale, effective)),
+        warnings=tuple(cautions(spectrum, scale, predicted_kl, effective)),
     )
 
 
@@ -304,22 +306,3 @@ def _bisect(spent: Callable[[float], float], low: float, high: float, budget: fl
         else:
             high = middle
     return low
-
-
-def _warnings(spectrum: Spectrum, scale: float, effective: tuple[float, float]) -> list[str]:
-    sentences = []
-    if scale > 1.5:
-        sentences.append(
-            f"The scale is {scale:.2f}: far beyond the adapter as trained, the quadratic model is a guess."
-        )
-    for role, sequences in zip(("harm", "benign"), effective, strict=True):
-        if sequences < 32:
-            sentences.append(
-                f"Only {sequences:.0f} effective {role} sequences: the largest λ are then mostly selection noise."
-            )
-    if spectrum.gain.metadata.get("reference") != spectrum.cost.metadata.get("reference"):
-        sentences.append(
-            f"The gain was taken at '{spectrum.gain.metadata.get('reference')}' but the cost at "
-            f"'{spectrum.cost.metadata.get('reference')}'."
-        )
-    return sentences

@@ -173,6 +173,9 @@ def draw_spectrum(spectrum: Spectrum, safety: Tensor) -> Figure:
     rank = range(1, len(order) + 1)
     figure = Figure(figsize=(9, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
+    if not len(order):
+        left.text(0.5, 0.5, "no direction has a λ above zero", ha="center", transform=left.transAxes)
+        return figure
     positive = eigenvalues.clamp_min(float(eigenvalues[0]) * 1e-12)
     left.loglog(rank, positive)
     left.set(xlabel="direction, by falling λ", ylabel="λ, gain per unit of cost")

@@ -1,0 +1,77 @@
+"""Sentences about a merge whose numbers mean less than they seem to."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from sstmerge.gevp import Spectrum
+
+# Below this number of effective sequences the largest λ are mostly noise of the selection.
+FEW_SEQUENCES = 32
+# Above this scale, or this KL in nats per token, a quadratic model says little.
+LARGEST_SCALE = 1.5
+LARGEST_KL = 1.0
+# A spectrum whose largest values lie this close together, for this share of its directions, prefers nothing.
+_NEARLY_EQUAL = 0.95
+_PLATEAU = 0.1
+
+
+def cautions(spectrum: Spectrum, scale: float, predicted_kl: float, effective: tuple[float, float]) -> list[str]:
+    """Say what to look at before believing a merge.
+
+    Args:
+        spectrum: The solved pair of Fishers.
+        scale: Factor of the safety adapter.
+        predicted_kl: Predicted benign KL, nats per token.
+        effective: Effective numbers of sequences behind gain and cost.
+
+    Returns:
+        Sentences; none where nothing stands out.
+    """
+    sentences = []
+    if scale > LARGEST_SCALE:
+        sentences.append(
+            f"The scale is {scale:.2f}: far beyond the adapter as trained, the quadratic model is a guess."
+        )
+    if predicted_kl > LARGEST_KL:
+        sentences.append(
+            f"The predicted benign KL is {predicted_kl:.3g} nats per token, where a quadratic model says only that it is "
+            "large; measure it (sstmerge evaluate), or take a budget below 1."
+        )
+    for role, sequences in zip(("harm", "benign"), effective, strict=True):
+        if sequences < FEW_SEQUENCES:
+            sentences.append(
+                f"Only {sequences:.0f} effective {role} sequences: the largest λ are then mostly selection noise."
+            )
+    sentences += _about_data(spectrum)
+    sentences += _about_spectrum(spectrum.eigenvalues)
+    return sentences
+
+
+def _about_data(spectrum: Spectrum) -> list[str]:
+    gain, cost = spectrum.gain.metadata, spectrum.cost.metadata
+    sentences = []
+    if gain.get("reference") != cost.get("reference"):
+        sentences.append(f"The gain was taken at '{gain.get('reference')}' but the cost at '{cost.get('reference')}'.")
+    if gain.get("data") is not None and gain.get("data") == cost.get("data"):
+        sentences.append(
+            "The gain and the cost come from the same data, so λ compares labels alone and cannot tell apart what refusals "
+            "need from what benign answers need; give different harm and benign files."
+        )
+    return sentences
+
+
+def _about_spectrum(eigenvalues: Tensor) -> list[str]:
+    largest = float(eigenvalues.max()) if len(eigenvalues) else 0.0
+    if largest == 0:
+        return [
+            "The gain is zero in every direction: the harm data do not pull at these adapters at all (or their gradients "
+            "underflow in the model's dtype), so nothing of the safety adapter was measured to help."
+        ]
+    alike = int((eigenvalues > _NEARLY_EQUAL * largest).sum())
+    if alike >= max(3.0, _PLATEAU * len(eigenvalues)):
+        return [
+            f"The largest λ are nearly equal ({largest:.3g} for {alike} of {len(eigenvalues)} directions): harm and benign "
+            "data do not tell apart what to keep. Are the two files the same?"
+        ]
+    return []
