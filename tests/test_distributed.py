@@ -7,8 +7,6 @@ import torch
 from collection_cases import (
     ADAPTERS,
     BATCHES,
-    MODEL,
-    SPACE,
     STRUCTURES,
     collect_and_die,
     collect_and_fail,
@@ -21,7 +19,7 @@ from collection_cases import (
 from processes import together
 
 from sstmerge.errors import InputError
-from sstmerge.fisher import Fisher, collect_fisher
+from sstmerge.fisher import Fisher
 from sstmerge.fisher.distributed import ProcessGroup, Ranks
 
 
@@ -89,10 +87,3 @@ def test_processes_with_different_work_refuse_it(tmp_path):
 def test_a_process_group_must_be_there():
     with pytest.raises(InputError, match="no process group"):
         ProcessGroup()
-
-
-def test_stopping_early_takes_one_process():
-    several = Ranks()
-    several.size = 2
-    with pytest.raises(InputError, match="collect with one process"):
-        collect_fisher(MODEL, BATCHES, SPACE, ranks=several, stop=lambda collected: True)

@@ -32,7 +32,7 @@ from sstmerge.fisher.structures import (
     parse_structure,
 )
 from sstmerge.fisher.taps import Taps, frozen, installed_taps
-from sstmerge.fisher.work import Collected, all_items
+from sstmerge.fisher.work import all_items
 from sstmerge.ops import BackendName
 
 
@@ -54,7 +54,6 @@ def collect_fisher(
     progress: Callable[[int, int], None] | None = None,
     ranks: Ranks | None = None,
     checkpoint: Checkpoint | None = None,
-    stop: Callable[[Collected], bool] | None = None,
 ) -> Fisher:
     """Collect a Fisher in the core space of some adapters.
 
@@ -85,8 +84,6 @@ def collect_fisher(
             result. This process alone by default.
         checkpoint: Where to save what was collected, and to go on from. With one, SIGINT and SIGTERM save it and raise
             `Interrupted`.
-        stop: Asked after every batch whether this is enough; its answer must depend on what was collected alone, so that a
-            resumed run stops at the same place. Not for several processes.
 
     Returns:
         The Fisher.
@@ -99,8 +96,6 @@ def collect_fisher(
     sharing = _parse_sharing(weight_sharing)
     _check_options(kind, labels, draws, basis, batches)
     ranks = ranks or Ranks()
-    if stop is not None and ranks.size > 1:
-        raise InputError("Stopping early needs the sums of all processes after every batch; collect with one process.")
     if ranks.size > 1 and is_sharded(model):
         raise InputError(
             "The base model is sharded over the processes, so that each pass needs all of them, and they cannot share the "
@@ -141,8 +136,8 @@ def collect_fisher(
     head = Head(model)
     with frozen(model), work.signals_held_back() as signalled:
         head.check_causal(model)
-        # A batch is over when the next one is asked for: then checkpoints, signals, progress and `stop` have their turn.
-        for number, items in groupby(work.items_in_turn(signalled, progress, stop), key=lambda item: item.point):
+        # A batch is over when the next one is asked for: then checkpoints, signals and progress have their turn.
+        for number, items in groupby(work.items_in_turn(signalled, progress), key=lambda item: item.point):
             with _taps_at(model, space, home, points[number], backend) as taps:
                 for item in items:
                     batch = batches[item.batch].to(input_device(model))

@@ -119,11 +119,8 @@ class PairwiseSum:
             part, level, index = earlier, level + 1, index // 2
         self.nodes[level, index] = part
 
-    def total(self, unfinished: Iterable[Part] = ()) -> Part:
+    def total(self) -> Part:
         """Return the sum of all parts, from the right to the left.
-
-        Args:
-            unfinished: Parts that follow the last leaf.
 
         Returns:
             The sum.
@@ -131,7 +128,7 @@ class PairwiseSum:
         Raises:
             FisherError: If there is no part.
         """
-        parts = [self.nodes[node] for node in sorted(self.nodes, key=first_leaf)] + list(unfinished)
+        parts = [self.nodes[node] for node in sorted(self.nodes, key=first_leaf)]
         if not parts:
             raise FisherError("Nothing was collected: there is no batch.")
         total = parts.pop()

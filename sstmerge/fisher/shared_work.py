@@ -69,17 +69,13 @@ class SharedWork:
         return nullcontext(lambda: None) if self._checkpoint is None else held_back()
 
     def items_in_turn(
-        self,
-        signalled: Callable[[], int | None],
-        progress: Callable[[int, int], None] | None,
-        stop: Callable[[Collected], bool] | None,
+        self, signalled: Callable[[], int | None], progress: Callable[[int, int], None] | None
     ) -> Iterator[Item]:
         """Yield this process's items; whoever asks for the next one has added the one before.
 
         Args:
             signalled: Returns the signal that came, or None.
             progress: Called with the numbers of sequences done and in all.
-            stop: Asked whether what was collected is enough.
 
         Yields:
             The items.
@@ -90,8 +86,6 @@ class SharedWork:
             done = self._count(len(self._batches[item.batch].index))
             if progress is not None:
                 progress(self._before + done, self._total)
-            if stop is not None and stop(self.collected):
-                break
         if self.items:
             self._save()  # other processes, or what follows this collection, may fail yet
 
@@ -102,14 +96,13 @@ class SharedWork:
             own |= self._checkpoint.earlier()
         for (level, index), part in own.items():
             tensors |= part.to_tensors(f"{level}.{index}/")
-        unfinished = self.collected.unfinished()
         everything = PairwiseSum()
         for received in self._ranks.gather(tensors):
             for node in sorted({name.split("/")[0] for name in received}):
                 level, index = map(int, node.split("."))
                 everything.add((level, index), Part.from_tensors(received, f"{node}/"))
         if self._ranks.size == 1:
-            whole = everything.total([] if unfinished is None else [unfinished[2]])
+            whole = everything.total()
             return whole.statistics(), whole.counts
         whole_tensors = {}
         if self._ranks.first:

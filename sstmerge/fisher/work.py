@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from sstmerge.fisher.batch import Batch
 from sstmerge.fisher.fisher import Counts
 from sstmerge.fisher.partial_sums import PairwiseSum, Part, leaf_length
@@ -120,12 +118,3 @@ class Collected:
         if self._accumulator is None or not self._done:
             return None
         return self._leaf, self._done, Part.of(self._accumulator, self._counts)
-
-    def total(self) -> Part:
-        """Return all that this process has collected; for `block` and `global` this copies much."""
-        part = self.unfinished()
-        return self.sum.total([] if part is None else [part[2]])
-
-    def statistics(self) -> dict[str, Tensor]:
-        """Return the sums so far, as `Fisher.statistics`."""
-        return self.total().statistics()

@@ -22,7 +22,7 @@ from sstmerge.fisher.fingerprints import content_hash
 _LOCK = "lock"
 _SPACE = "space-{}.safetensors"
 # What a run folder may hold; nothing else in it is ever removed.
-_OURS = re.compile(r"(start-\d+-process-\d+|space-[0-9a-f]+)\.safetensors|answers-[0-9a-f]+-\d+\.json|\..*\.tmp")
+_OURS = re.compile(r"(start-\d+-process-\d+|space-[0-9a-f]+|sketch)\.safetensors|answers-[0-9a-f]+-\d+\.json|\..*\.tmp")
 
 
 @dataclass(frozen=True)
@@ -131,8 +131,13 @@ def opened_run(
         _clear(folder)
 
 
+def _holds_work(folder: Path) -> bool:
+    names = [path.name for path in folder.rglob("*") if path.is_file()]
+    return any(_OURS.fullmatch(name) and not name.startswith(("space-", ".")) for name in names)
+
+
 def _advice(folder: Path) -> str:
-    if any(_OURS.fullmatch(path.name) for path in folder.rglob("*") if path.is_file()):
+    if _holds_work(folder):
         return f"What was collected is kept in '{folder}'; the same command goes on from there."
     return "Nothing was collected yet; the same command begins anew."
 
@@ -147,6 +152,8 @@ def _locked(folder: Path, out: Path) -> Iterator[None]:
                 stale.unlink(missing_ok=True)
         yield
     finally:
+        if not _holds_work(folder):
+            _clear(folder)
         _remove_if_empty(folder)
         os.close(descriptor)
 
