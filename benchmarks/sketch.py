@@ -6,7 +6,7 @@ The exact factors are those of `collect_fisher(structure="kfac", reference="base
 calibration prompts (gain: harmful prompts with refusals, labels from the data; cost: benign prompts, sampled labels); the
 model is in float32, so that the rounding of bfloat16 projections is not taken for an error of the sketch. The
 sketches are collected once, without adapters, at the largest rank; those of smaller ranks are its first columns, since
-test matrices are nested. A second pair of adapters has random factors.
+test matrices are nested.
 
     covariances   relative Frobenius error of X and D per layer: median and 90 % quantile over the layers, with what the
                   low rank misses added back on the diagonal (as the package does), as a multiple of the identity, or not
@@ -31,7 +31,7 @@ from matplotlib.figure import Figure
 from measuring import machine
 from torch import Tensor
 
-from sstmerge.adapters import Adapter, CoreSpace, LoraFactors
+from sstmerge.adapters import CoreSpace
 from sstmerge.demo.run import data_folder
 from sstmerge.fisher import Batch, Fisher, Sketch, collect_fisher, collect_sketch
 from sstmerge.fisher.head import Head
@@ -48,14 +48,14 @@ from sstmerge.fisher.sketch_sums import (
     score_rank,
 )
 from sstmerge.fisher.sketch_taps import installed_sketch_taps, plan_sketch
-from sstmerge.fisher.taps import frozen
+from sstmerge.fisher.taps import Taps, frozen
 from sstmerge.gevp import Spectrum, solve
 from sstmerge.merging import merge_cores
 from sstmerge.merging.stability import split_half_stability
 from sstmerge.pipeline.calibration import CollectionOptions, batches_of
 from sstmerge.pipeline.evaluate import write_json
 from sstmerge.pipeline.models import load_model, load_tokenizer
-from sstmerge.pipeline.roles import Roles, load_roles, roles_in
+from sstmerge.pipeline.roles import Roles, load_roles
 from sstmerge.prompts import load_examples
 
 RANKS, DEFAULT_RANK = (64, 128, 256, 512), 256
@@ -116,21 +116,6 @@ def with_residual(sketch: Sketch, kind: str) -> Sketch:
             spread = residual.mean(dim=1, keepdim=True).expand_as(residual)
             tensors[residual_name] = spread if kind == "isotropic" else torch.zeros_like(residual)
     return replace(sketch, tensors=tensors)
-
-
-def random_pair(like: CoreSpace, seed: int = 0) -> Roles:
-    """Return two adapters with random factors on the layers and with the ranks and norms of others."""
-    generator = torch.Generator().manual_seed(seed)
-    made = []
-    for adapter in like.adapters:
-        layers = {}
-        for name, f in adapter.layers.items():
-            A, B = (torch.randn(t.shape, generator=generator) for t in (f.A, f.B))
-            norm = float(f.delta().norm() / (B @ A).norm())
-            layers[name] = LoraFactors(A=A, B=norm * B, scaling=1.0)
-        made.append(Adapter(adapter.name, layers))
-    names = [adapter.name for adapter in made]
-    return roles_in(CoreSpace.of(made), names[:-1], names[-1], None)
 
 
 # ---- errors ----------------------------------------------------------------------------------------------------------
@@ -246,17 +231,17 @@ def captured_rows(model, batches: list[Batch]) -> dict[str, Tensor]:
 
             tap.add = keep
         for batch in batches:
-            _SketchedBatch(model, head, batch, 0).add_to(taps, "data", 1)
+            _SketchedBatch(model, head, Taps([]), batch, 0).add_to(taps, "data", 1)
     return {name: torch.cat(parts) for name, parts in rows.items()}
 
 
-def compare_algorithms(rows: dict[str, Tensor], spaces: dict[str, CoreSpace]) -> list[dict[str, object]]:
+def compare_algorithms(rows: dict[str, Tensor], space: CoreSpace) -> list[dict[str, object]]:
     """Return errors and processor time of both algorithms on every probed matrix and rank."""
     results: list[dict[str, object]] = []
     for name, data in rows.items():
         whole = data.double().mT @ data.double()
         side, module = name.split(" of ")
-        group = next(g for g in spaces["demo"].groups if module in g.names)
+        group = next(g for g in space.groups if module in g.names)
         basis = (group.V if side == "x" else group.U)[group.names.index(module)].double()
         for rank in RANKS:
             if rank >= data.shape[1]:
@@ -304,23 +289,22 @@ def draw(results: dict) -> Figure:
     """Draw the errors against the rank."""
     figure = Figure(figsize=(12, 4), layout="constrained")
     covariance, merge, algorithm = figure.subplots(1, 3)
-    pair = results["pairs"]["demo"]
-    ranks = [entry["rank"] for entry in pair["ranks"]]
+    ranks = [entry["rank"] for entry in results["ranks"]]
     for what, style in (("gain", "-"), ("cost", "--")):
         for side, color in (("X", "C0"), ("D", "C1")):
-            values = [entry["covariances"]["diagonal"][what][side]["median"] for entry in pair["ranks"]]
+            values = [entry["covariances"]["diagonal"][what][side]["median"] for entry in results["ranks"]]
             covariance.loglog(ranks, values, style, color=color, marker="o", label=f"{side}, {what}")
-            covariance.axhline(pair["halves"]["covariances"][what][side]["median"], ls=":", color=color, lw=0.8)
-    covariance.set(xlabel="rank", ylabel="relative error, median over layers", title="K-FAC factors (dotted: halves)")
+            covariance.axhline(results["halves"]["covariances"][what][side]["median"], ls=":", color=color, lw=0.8)
+    covariance.set(xlabel="rank", ylabel="relative error, median over layers", title="X and D (dotted: split halves)")
     for key, label in (
         ("overlap_of_best", "overlap of the best directions"),
         ("cosine_of_steps", "cosine of the steps"),
         ("gain_energy_over_that_of_exact_merge", "gain energy kept"),
         ("predicted_kl_over_exact_kl_of_the_same_step", "KL predicted / exact"),
     ):
-        merge.semilogx(ranks, [entry["merge"][key] for entry in pair["ranks"]], marker="o", label=label)
-    merge.axhline(pair["halves"]["overlap_of_best"], ls=":", color="C0", lw=0.8)
-    merge.set(xlabel="rank", title="merge without data against exact (dotted: overlap of halves)")
+        merge.semilogx(ranks, [entry["merge"][key] for entry in results["ranks"]], marker="o", label=label)
+    merge.axhline(results["halves"]["overlap_of_best"], ls=":", color="C0", lw=0.8)
+    merge.set(xlabel="rank", title="merge (dotted: overlap of halves)")
     for name, label in (("nystrom", "Nyström"), ("frequent_directions", "Frequent Directions")):
         for key, style in (("projected", "--"), ("projected_with_diagonal", "-")):
             medians = {
@@ -329,11 +313,12 @@ def draw(results: dict) -> Figure:
             }
             suffix = " + diagonal" if key.endswith("diagonal") else ""
             algorithm.loglog(list(medians), list(medians.values()), style, marker="o", label=label + suffix)
-    algorithm.set(xlabel="rank", title="projected error, median over probed matrices")
+    algorithm.set(xlabel="rank", title="algorithms, projected error")
     for axis in (covariance, merge, algorithm):
         axis.legend(fontsize=7)
         axis.grid(alpha=0.3, which="both")
         axis.set_xticks(ranks, [str(rank) for rank in ranks])
+        axis.minorticks_off()
     return figure
 
 
@@ -383,25 +368,24 @@ def main() -> None:
     batches = calibration_batches(model, tokenizer, arguments.limit)
     adapters = data_folder() / "adapters"
     demo = load_roles(adapters / "utility", adapters / "safety")
-    pairs = {"demo": demo, "random": random_pair(demo.space)}
     seconds: dict[str, object] = {}
-    exact: dict[str, dict[str, Fisher]] = {}
-    for name, roles in pairs.items():
-        exact[name] = {}
-        for what in batches:
-            call = lambda w=what, r=roles: collect_fisher(  # noqa: E731
-                model, batches[w], r.space, structure="kfac", metadata={"response_tokens": 6}, **arguments_of(w)
-            )
-            exact[name][what], seconds[f"collect kfac Fisher ({what}, {name})"] = timed(call)
+    first = batches["gain"][-1:]
+    tokens_of_first = int(first[0].attention_mask.sum())
+    for name, call in (
+        ("kfac Fisher", lambda: collect_fisher(model, first, demo.space, structure="kfac")),
+        (f"sketch of rank {DEFAULT_RANK}", lambda: collect_sketch(model, first, rank=DEFAULT_RANK)),
+    ):
+        seconds[f"collect {name} ({tokens_of_first} tokens, labels from the data)"] = timed(call)[1]
+    exact: dict[str, Fisher] = {}
     sketches: dict[int, dict[str, Sketch]] = {rank: {} for rank in RANKS}
-    for what in batches:
-        # The default rank is collected once by itself, for its time; the cost's is the first columns of the largest.
-        for rank in (DEFAULT_RANK, max(RANKS)) if what == "gain" else (max(RANKS),):
-            call = lambda w=what, r=rank: collect_sketch(model, batches[w], rank=r, **arguments_of(w))  # noqa: E731
-            sketches[rank][what], seconds[f"collect sketch of rank {rank} ({what})"] = timed(call)
+    for what, parts in batches.items():
+        metadata = {"response_tokens": OPTIONS.response_tokens}
+        exact[what] = collect_fisher(
+            model, parts, demo.space, structure="kfac", metadata=metadata, **arguments_of(what)
+        )
+        largest = collect_sketch(model, parts, rank=max(RANKS), metadata=metadata, **arguments_of(what))
         for rank in RANKS:
-            sketches[rank].setdefault(what, first_columns(sketches[max(RANKS)][what], rank))
-    for what in batches:
+            sketches[rank][what] = largest if rank == max(RANKS) else first_columns(largest, rank)
         project = sketches[DEFAULT_RANK][what].project
         seconds[f"project sketch of rank {DEFAULT_RANK} ({what})"] = timed(lambda p=project: p(demo.space))[1]
     projected = [sketches[DEFAULT_RANK][what].project(demo.space) for what in ("gain", "cost")]
@@ -418,8 +402,8 @@ def main() -> None:
             rank: {w: sum(t.numel() * t.element_size() for t in s.tensors.values()) for w, s in pair.items()}
             for rank, pair in sketches.items()
         },
-        "algorithms": compare_algorithms(captured_rows(model, batches["gain"]), {"demo": demo.space}),
-        "pairs": {name: compare_pair(roles, exact[name], sketches) for name, roles in pairs.items()},
+        "algorithms": compare_algorithms(captured_rows(model, batches["gain"]), demo.space),
+        **compare_pair(demo, exact, sketches),
     }
     if arguments.out:
         write_json(results, arguments.out)

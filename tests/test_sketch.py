@@ -16,7 +16,8 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 from sstmerge import collect_fisher, collect_sketch, load_sketch, save_sketch, solve
 from sstmerge.adapters import CoreSpace
-from sstmerge.errors import FisherError, InputError
+from sstmerge.errors import FisherError, InputError, Interrupted
+from sstmerge.fisher import sketch_collect
 from sstmerge.fisher.sketch_sums import MomentSums, RandomSigns, ScoreSums, nystrom_factor, product_of, score_core
 from sstmerge.fisher.sketch_taps import plan_sketch
 
@@ -290,12 +291,11 @@ def test_half_precision_models_give_nearly_the_same(pico_llama, space, dtype):
 BATCHES = [rows(BATCH, chosen) for chosen in ([5, 1], [3], [0, 4], [2])]
 
 
-@pytest.mark.parametrize("labels", ["data", "sampled"])
-def test_an_interrupted_collection_goes_on_to_the_same_bits(pico_llama, tmp_path, labels):
+@pytest.mark.parametrize(("labels", "draws", "stop"), [("data", 1, 1), ("data", 1, 3), ("sampled", 2, 2)])
+def test_an_interrupted_collection_goes_on_to_the_same_bits(pico_llama, tmp_path, monkeypatch, labels, draws, stop):
     model, path = pico_llama(), tmp_path / "part.safetensors"
-    options = {"rank": 8, "labels": labels, "draws": 1 if labels == "data" else 2, "checkpoint_every": 1}
+    options = {"rank": 8, "labels": labels, "draws": draws, "checkpoint_batches": 1}
     unbroken = collect_sketch(model, BATCHES, **options)
-    stop = int(torch.randint(1, len(BATCHES), ()))
 
     def interrupt(done, total):
         if done >= sum(len(b.index) for b in BATCHES[:stop]):
@@ -303,14 +303,32 @@ def test_an_interrupted_collection_goes_on_to_the_same_bits(pico_llama, tmp_path
 
     with pytest.raises(KeyboardInterrupt):
         collect_sketch(model, BATCHES, checkpoint=path, progress=interrupt, **options)
-    calls = []
-    with torch.no_grad():
-        handle = model.lm_head.register_forward_hook(lambda *a: calls.append(1))
+    collected, add_to = [], sketch_collect._SketchedBatch.add_to
+    monkeypatch.setattr(
+        sketch_collect._SketchedBatch, "add_to", lambda self, *a: collected.append(self.batch) or add_to(self, *a)
+    )
     resumed = collect_sketch(model, BATCHES, checkpoint=path, **options)
-    handle.remove()
     assert_same_tensors(unbroken, resumed)
     assert resumed.counts.tokens.tolist() == unbroken.counts.tokens.tolist()
-    assert len(calls) < 3 * (len(BATCHES) - stop) + 2  # what was done is not done again
+    assert len(collected) == len(BATCHES) - stop  # what was done is not done again
+
+
+def test_a_signal_ends_with_the_batch_and_saves_it(pico_llama, tmp_path):
+    path = tmp_path / "part.safetensors"
+    unbroken = collect_sketch(pico_llama(), BATCHES, rank=8)
+
+    model = pico_llama()
+
+    def stop_in_the_third_batch(module, args):
+        if args[0].shape[:2] == BATCHES[2].input_ids.shape:
+            signal.raise_signal(signal.SIGTERM)
+
+    handle = model.model.layers[1].mlp.register_forward_pre_hook(stop_in_the_third_batch)
+    with pytest.raises(Interrupted, match="SIGTERM"):
+        collect_sketch(model, BATCHES, rank=8, checkpoint=path, checkpoint_minutes=None)
+    handle.remove()
+    assert path.exists()
+    assert_same_tensors(unbroken, collect_sketch(model, BATCHES, rank=8, checkpoint=path))
 
 
 KILLED = """
@@ -324,7 +342,7 @@ def kill(done, total):
     if done >= 4:
         os.kill(os.getpid(), signal.SIGKILL)
 
-collect_sketch(build_llama(0, False), BATCHES, rank=8, checkpoint=sys.argv[2], checkpoint_every=2, progress=kill)
+collect_sketch(build_llama(0, False), BATCHES, rank=8, checkpoint=sys.argv[2], checkpoint_batches=2, progress=kill)
 """
 
 
@@ -336,13 +354,13 @@ def test_a_killed_collection_goes_on_to_the_same_bits(pico_llama, tmp_path):
     killed = subprocess.run(arguments, env=environment, capture_output=True, text=True, check=False)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert path.exists()
-    resumed = collect_sketch(pico_llama(), BATCHES, rank=8, checkpoint=path, checkpoint_every=2)
+    resumed = collect_sketch(pico_llama(), BATCHES, rank=8, checkpoint=path, checkpoint_batches=2)
     assert_same_tensors(collect_sketch(pico_llama(), BATCHES, rank=8), resumed)
 
 
 def test_a_checkpoint_of_something_else_is_refused(pico_llama, tmp_path):
     model, path = pico_llama(), tmp_path / "part.safetensors"
-    collect_sketch(model, BATCHES, rank=8, checkpoint=path, checkpoint_every=1)
+    collect_sketch(model, BATCHES, rank=8, checkpoint=path, checkpoint_batches=1)
     for change in ({"rank": 9}, {"seed": 1}, {"labels": "sampled"}, {"targets": ("q_proj",)}):
         options = {"rank": 8, "checkpoint": path} | change
         with pytest.raises(FisherError, match="beginning of another sketch"):
@@ -415,7 +433,7 @@ def test_sketches_that_do_not_fit_are_not_added(model, sketch, pico_llama):
         ({"rank": 0}, "at least 1, but is 0"),
         ({"labels": "guessed"}, "Unknown labels"),
         ({"draws": 2}, "more only for sampled labels"),
-        ({"checkpoint_every": 0}, "checkpoint_every must be at least 1"),
+        ({"checkpoint_batches": 0}, "checkpoint_batches must be at least 1"),
         ({"targets": ("lm_head",)}, "output head is never sketched"),
         ({"targets": ("banana_proj",)}, "'banana_proj' is no linear layer"),
     ],

@@ -147,16 +147,17 @@ def check(
 
 @app.command("inspect")
 def inspect_command(
-    path: Annotated[Path, typer.Argument(help="Fisher file, or adapter directory.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print a Fisher's header as JSON.")] = False,
+    path: Annotated[Path, typer.Argument(help="Fisher file, sketch, or adapter directory.")],
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the header of a Fisher file or sketch as JSON.")
+    ] = False,
 ) -> None:
-    """Show what is in a Fisher file, an adapter, or a merged adapter with its report."""
-    from sstmerge.fisher.fisher import read_header
-    from sstmerge.pipeline.inspection import inspect
+    """Show what is in a Fisher file, a sketch, an adapter, or a merged adapter with its report."""
+    from sstmerge.pipeline.inspection import file_header, inspect
 
     if as_json:
-        fail_on(not path.is_file(), "--json shows the header of a Fisher file; give one.")
-        console.print_json(json.dumps(read_header(path)))
+        fail_on(not path.is_file(), "--json shows the header of a Fisher file or sketch; give one.")
+        console.print_json(json.dumps(file_header(path)))
         return
     for table in inspect(path):
         console.print(table)

@@ -101,7 +101,7 @@ class Sketch:
             FisherError: If the two are of different kinds, models, ranks or seeds.
         """
         self._check_addable(other)
-        tensors = {}
+        tensors: dict[str, Tensor] = {}
         for name, tensor in self.tensors.items():
             kind, layer = name.split(".", 1)
             if kind.endswith("_factor"):

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from rich.table import Table
 
 from sstmerge.adapters import load_adapter
 from sstmerge.errors import InputError
 from sstmerge.fisher.fisher import read_header
+from sstmerge.fisher.sketch_file import is_sketch, sketch_header
 from sstmerge.pipeline.merge import REPORT_FILE
 
 
 def inspect(path: str | Path) -> list[Table]:
-    """Describe a Fisher file or an adapter directory (with the merge report beside it, if there is one).
+    """Describe a Fisher file, a sketch, or an adapter directory (with the merge report beside it, if there is one).
 
     Args:
         path: The file or directory.
@@ -27,12 +29,31 @@ def inspect(path: str | Path) -> list[Table]:
     """
     location = Path(path)
     if location.is_file():
-        return [_fisher_table(location)]
+        return [_sketch_table(location) if is_sketch(location) else _fisher_table(location)]
     if location.is_dir():
         tables = [_adapter_table(location)]
         report = location / REPORT_FILE
         return [*tables, _report_table(report)] if report.is_file() else tables
     raise InputError(f"'{path}' does not exist; give a Fisher file or an adapter directory.")
+
+
+def file_header(path: str | Path) -> dict[str, Any]:
+    """Return what a Fisher file or a sketch says about itself, as plain data for JSON."""
+    return sketch_header(path) if is_sketch(path) else read_header(path)
+
+
+def _sketch_table(path: Path) -> Table:
+    header = sketch_header(path)
+    counts, metadata, layers = header["counts"], header["metadata"], header["layers"]
+    table = Table(title=f"Sketch {path.name}", show_header=False)
+    table.add_row("rank", str(header["rank"]))
+    for key in ("labels", "reference", "draws", "response_tokens", "seed", "model", "data", "left_out", "versions"):
+        table.add_row(key, str(metadata.get(key)))
+    table.add_row("sequences (even, odd)", " + ".join(f"{value:g}" for value in counts["sequences"]))
+    table.add_row("response tokens (even, odd)", " + ".join(f"{value:g}" for value in counts["tokens"]))
+    table.add_row("layers", f"{len(layers)}: {', '.join(sorted({name.rsplit('.', 1)[-1] for name in layers}))}")
+    table.add_row("size", f"{path.stat().st_size / 1e6:,.2f} MB")
+    return table
 
 
 def _fisher_table(path: Path) -> Table:

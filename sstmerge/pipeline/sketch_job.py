@@ -13,12 +13,13 @@ from sstmerge.errors import InputError
 from sstmerge.fisher import Fisher, Sketch, collect_sketch, load_sketch, save_sketch
 from sstmerge.fisher.sketch_file import is_sketch
 from sstmerge.fisher.sketch_taps import SketchPlan
+from sstmerge.pipeline.answers import answer
 from sstmerge.pipeline.calibration import CollectionOptions, batches_of, load_all
-from sstmerge.pipeline.generate import generate
-from sstmerge.pipeline.progress import Progress, no_progress
+from sstmerge.pipeline.progress import Progress, no_progress, token_progress
+from sstmerge.pipeline.run import Run
 from sstmerge.prompts import Example, completions_missing, with_responses
 
-CHECKPOINT_SUFFIX = ".unfinished"
+_CHECKPOINT = "sketch.safetensors"
 
 
 def sketch_file(
@@ -30,16 +31,13 @@ def sketch_file(
     options: CollectionOptions,
     rank: int = 256,
     targets: Sequence[str] | None = None,
-    checkpoint_every: int = 32,
     split: str | None = None,
     limit: int | None = None,
     announce: Callable[[SketchPlan], None] | None = None,
     progress: Progress = no_progress,
+    run: Run = Run(),  # noqa: B008 (frozen)
 ) -> Sketch:
     """Collect a sketch of a base model from prompt files and save it.
-
-    While data pass, the sums lie beside the result, in a file of the same name with `.unfinished` behind it; a collection
-    that was interrupted goes on from there when it is started again with the same options.
 
     Args:
         load: Loads the model and its tokenizer; called after all cheap checks.
@@ -49,11 +47,11 @@ def sketch_file(
         options: How; structure, reference and module filter do not apply.
         rank: Columns of the sketch.
         targets: Last names of the layers; all linear layers but the output head by default.
-        checkpoint_every: Batches between two checkpoints.
         split: Keep rows of this split.
         limit: Keep the first so many rows of each file.
         announce: Called with what will be collected, before the data pass begins.
         progress: Progress.
+        run: The folder where the sums are kept while data pass (`sstmerge.pipeline.run.opened_run`); one process only.
 
     Returns:
         The sketch, which is saved too.
@@ -63,28 +61,33 @@ def sketch_file(
     """
     if labels not in ("data", "sampled"):
         raise InputError(f"Unknown labels '{labels}'; expected 'data' or 'sampled'.")
+    if run.ranks.size > 1:
+        raise InputError(
+            f"A sketch is collected by one process, but there are {run.ranks.size}; collect one sketch per part of the data "
+            "and add them (Python: sketch + sketch)."
+        )
     examples = load_all(data, split=split, limit=limit)
     if labels == "data" and any(example.response is None for example in examples):
         raise InputError("labels='data' needs a response in every row; these are what the sketch measures.")
     model, tokenizer = load()
-    examples = _complete(model, tokenizer, examples, options.completion_tokens, progress)
-    checkpoint = Path(f"{out}{CHECKPOINT_SUFFIX}")
+    examples = _complete(model, tokenizer, examples, options.completion_tokens, progress, run)
+    batches = batches_of(model, tokenizer, examples, options)
     sketch = collect_sketch(
         model,
-        batches_of(model, tokenizer, examples, options),
+        batches,
         rank=rank,
         labels=labels,
         draws=options.draws if labels == "sampled" else 1,
         seed=options.seed,
         targets=targets,
-        checkpoint=checkpoint,
-        checkpoint_every=checkpoint_every,
+        checkpoint=None if run.folder is None else run.folder / _CHECKPOINT,
+        checkpoint_minutes=run.options.minutes,
+        checkpoint_batches=run.options.batches,
         metadata={"response_tokens": options.response_tokens},
         announce=announce,
-        progress=lambda done, total: progress(f"sketch of rank {rank} ({labels} labels)", done, total),
+        progress=token_progress(f"sketch of rank {rank} ({labels} labels)", batches, progress),
     )
     save_sketch(sketch, out)
-    checkpoint.unlink(missing_ok=True)
     return sketch
 
 
@@ -106,19 +109,19 @@ def load_fishers(paths: Sequence[str | Path], adapters: Sequence[Adapter], *, ig
 
 
 def _complete(
-    model: nn.Module, tokenizer: Any, examples: Sequence[Example], max_new_tokens: int, progress: Progress
+    model: nn.Module, tokenizer: Any, examples: Sequence[Example], max_new_tokens: int, progress: Progress, run: Run
 ) -> list[Example]:
     """Give every prompt without a response the greedy answer of the base model."""
     missing = [examples[position] for position in completions_missing(examples)]
     if not missing:
         return list(examples)
-    done = 0
-
-    def advance(count: int) -> None:
-        nonlocal done
-        done += count
-        progress("answering prompts without a response", done, len(missing))
-
-    return with_responses(
-        examples, generate(model, tokenizer, missing, max_new_tokens=max_new_tokens, progress=advance)
+    texts = answer(
+        model,
+        tokenizer,
+        missing,
+        run,
+        point="base",
+        max_new_tokens=max_new_tokens,
+        progress=lambda done, total: progress("answering prompts without a response", done, total),
     )
+    return with_responses(examples, texts)
