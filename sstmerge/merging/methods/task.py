@@ -152,9 +152,8 @@ def _with_seed(method: Method, options: Mapping[str, Any], seed: int | None) -> 
 
 
 def _rank(method: Method, adapters: Sequence[Adapter], rank: int | None) -> int | None:
-    if method.acts_on == "factors":
-        if rank is not None:
-            raise InputError(f"The rank of '{method.name}' is that of its factors; leave it out, or merge by 'svd'.")
+    if method.acts_on == "factors" and rank is not None:
+        raise InputError(f"The rank of '{method.name}' is that of its factors; leave it out, or merge by 'svd'.")
     if rank is None:
         largest = max(factors.rank for adapter in adapters for factors in adapter.layers.values())
         return largest if method.rank == "largest" else None
