@@ -37,6 +37,7 @@ from sstmerge.fisher import Batch, Fisher, Sketch, collect_fisher, collect_sketc
 from sstmerge.fisher.head import Head
 from sstmerge.fisher.sketch import score_cores
 from sstmerge.fisher.sketch_collect import _SketchedBatch
+from sstmerge.fisher.sketch_plan import plan_sketch
 from sstmerge.fisher.sketch_sums import (
     MomentSums,
     RandomSigns,
@@ -47,7 +48,7 @@ from sstmerge.fisher.sketch_sums import (
     row_squares,
     score_rank,
 )
-from sstmerge.fisher.sketch_taps import installed_sketch_taps, plan_sketch
+from sstmerge.fisher.sketch_taps import installed_sketch_taps
 from sstmerge.fisher.taps import Taps, frozen
 from sstmerge.gevp import Spectrum, solve
 from sstmerge.merging import merge_cores

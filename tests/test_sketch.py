@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -12,14 +13,16 @@ import pytest
 import torch
 from builders import GPT2_TARGETS, random_adapter, random_batch, relative_error, rows
 from peft import LoraConfig, get_peft_model
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch.utils.checkpoint import checkpoint as recompute
 
 from sstmerge import collect_fisher, collect_sketch, load_sketch, save_sketch, solve
 from sstmerge.adapters import CoreSpace
 from sstmerge.errors import FisherError, InputError, Interrupted
 from sstmerge.fisher import sketch_collect
+from sstmerge.fisher.sketch_plan import plan_sketch
 from sstmerge.fisher.sketch_sums import MomentSums, RandomSigns, ScoreSums, nystrom_factor, product_of, score_core
-from sstmerge.fisher.sketch_taps import plan_sketch
 
 TARGETS = ("q_proj", "k_proj", "up_proj", "down_proj")
 FULL = 64  # no layer of the pico models is wider than 48, but for GPT-2's c_attn
@@ -396,6 +399,33 @@ def test_files_that_are_no_sketch_are_refused(sketch, space, tmp_path):
     sketch.project(space).save(tmp_path / "fisher")
     with pytest.raises(FisherError, match="not a sketch that sstmerge wrote"):
         load_sketch(tmp_path / "fisher")
+
+
+def test_damaged_sketches_are_refused(sketch, space, tmp_path):
+    path = tmp_path / "s.safetensors"
+    save_sketch(sketch, path)
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    factor = "output_factor.model.layers.0.self_attn.q_proj"
+
+    def written(tensors, **changes):
+        header = {**json.loads(metadata["sstmerge_sketch"]), **changes}
+        save_file(tensors, path, metadata={"sstmerge_sketch": json.dumps(header)})
+        return path
+
+    whole = {name: tensor.clone() for name, tensor in load_file(path).items()}
+    with pytest.raises(FisherError, match=rf"expected '{factor}' of shape \(2, 32, 8\), but found none"):
+        load_sketch(written({name: tensor for name, tensor in whole.items() if name != factor}))
+    with pytest.raises(FisherError, match=r"but found \(2, 32, 7\)"):
+        load_sketch(written(whole | {factor: whole[factor][:, :, :7].contiguous()}))
+    for changes in ({"rank": "8"}, {"layers": [1]}, {"layers": {"a": [1, 2]}}, {"metadata": None}, {"rank": 0}):
+        with pytest.raises(FisherError, match="description cannot be read"):
+            load_sketch(written(whole, **changes))
+    with pytest.raises(FisherError, match="has sketch format 7"):
+        load_sketch(written(whole, format=7))
+    whole[factor][0, 3, 2] = float("nan")
+    with pytest.raises(FisherError, match="holds NaN or Inf"):
+        load_sketch(written(whole)).project(space)
 
 
 def test_adapters_that_do_not_fit_are_refused(model, sketch, pico_gpt2, pico_llama):

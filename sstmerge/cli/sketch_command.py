@@ -58,7 +58,7 @@ def sketch(
     config: ConfigOption = None,
 ) -> None:
     """Sketch a base model once; `merge` and `curve` take it as --gain or --cost for any adapters, without data."""
-    from sstmerge.fisher.sketch_taps import SketchPlan
+    from sstmerge.fisher.sketch_plan import SketchPlan
     from sstmerge.pipeline.calibration import CollectionOptions
     from sstmerge.pipeline.models import load_model, load_tokenizer
     from sstmerge.pipeline.sketch_job import sketch_file

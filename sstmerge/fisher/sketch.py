@@ -91,6 +91,8 @@ class Sketch:
             per_layer = [self._layer_statistics(name, group, j) for j, name in enumerate(group.names)]
             for statistic in per_layer[0]:
                 statistics[f"{statistic}.{i}"] = torch.stack([layer[statistic] for layer in per_layer], dim=1)
+        if not all(bool(torch.isfinite(tensor).all()) for tensor in statistics.values()):
+            raise FisherError("The sketch holds NaN or Inf, so nothing can be projected from it; collect it again.")
         sketch = {"rank": self.signs.rank, "seed": self.signs.seed}
         return Fisher(Structure.KFAC, space, statistics, self.counts, {**self.metadata, "sketch": sketch})
 

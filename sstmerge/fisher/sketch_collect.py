@@ -23,8 +23,9 @@ from sstmerge.fisher.interruption import held_back, interruptible
 from sstmerge.fisher.placement import input_device
 from sstmerge.fisher.sketch import Sketch, score_cores
 from sstmerge.fisher.sketch_file import read_checkpoint, write_checkpoint
+from sstmerge.fisher.sketch_plan import SketchPlan, plan_sketch
 from sstmerge.fisher.sketch_sums import nystrom_factor, residual_of
-from sstmerge.fisher.sketch_taps import BatchRows, SketchPlan, SketchTaps, installed_sketch_taps, plan_sketch
+from sstmerge.fisher.sketch_taps import BatchRows, SketchTaps, installed_sketch_taps
 from sstmerge.fisher.taps import Taps, frozen
 
 

@@ -15,8 +15,9 @@ from torch import Tensor
 from sstmerge.atomic import atomic_file
 from sstmerge.errors import FisherError
 from sstmerge.fisher.fisher import Counts
-from sstmerge.fisher.sketch import Sketch, layer_entries, layers_from
-from sstmerge.fisher.sketch_sums import RandomSigns
+from sstmerge.fisher.sketch import INPUT, OUTPUT, Sketch, SketchedLayer, layer_entries, layers_from
+from sstmerge.fisher.sketch_sums import RandomSigns, score_rank
+from sstmerge.untrusted import parse_json
 
 _SKETCH_KEY, _CHECKPOINT_KEY = "sstmerge_sketch", "sstmerge_sketch_checkpoint"
 _FORMAT = 1
@@ -62,16 +63,45 @@ def load_sketch(path: str | Path) -> Sketch:
     """
     header, tensors = _read(path, _SKETCH_KEY, "a sketch that sstmerge wrote")
     counts = _take_counts(tensors, path)
-    layers = layers_from(header["layers"])
-    missing = [
-        f"{kind}.{name}"
-        for layer, entry in layers.items()
-        for kind, name in (("output_factor", layer), ("input_factor", entry.input_of), ("input_count", layer))
-        if f"{kind}.{name}" not in tensors
-    ]
-    if missing:
-        raise FisherError(f"'{path}' is damaged: it lacks '{missing[0]}'; collect this sketch again.")
+    layers = _checked_layers(header, tensors, path)
     return Sketch(layers, RandomSigns(header["rank"], header["seed"]), tensors, counts, header["metadata"])
+
+
+def _checked_layers(
+    header: Mapping[str, Any], tensors: Mapping[str, Tensor], path: str | Path
+) -> dict[str, SketchedLayer]:
+    """Return the layers that a header names, after checking that every one has its tensors in their shapes."""
+    entries, metadata = header.get("layers"), header.get("metadata")
+    whole = all(type(header.get(key)) is int for key in ("rank", "seed")) and isinstance(metadata, dict)
+    if not whole or header["rank"] < 1 or not isinstance(entries, dict) or not all(map(_is_layer, entries.values())):
+        raise FisherError(f"'{path}' is damaged: its description cannot be read; collect this sketch again.")
+    layers = layers_from(entries)
+    for name, layer in layers.items():
+        sides = ((OUTPUT, name, layer.outputs), (INPUT, layer.input_of, layer.inputs))
+        expected: dict[str, tuple[int, ...]] = {
+            f"{side}_factor.{owner}": (2, size, min(size, header["rank"])) for side, owner, size in sides
+        }
+        expected |= {f"{side}_residual.{owner}": (2, size) for side, owner, size in sides} | {
+            f"input_count.{name}": (2,)
+        }
+        if f"score_left.{name}" in tensors:
+            signs = RandomSigns(header["rank"], header["seed"])
+            left, right = signs.columns(layer.inputs, score_rank(signs.rank)), signs.columns(layer.outputs)
+            expected |= {f"score_left.{name}": (layer.outputs, left), f"score_right.{name}": (layer.inputs, right)}
+            if left < layer.inputs and right < layer.outputs:
+                expected[f"score_core.{name}"] = (left, right)
+        for tensor, shape in expected.items():
+            found = tuple(tensors[tensor].shape) if tensor in tensors else None
+            if found != shape:
+                raise FisherError(
+                    f"'{path}' is damaged: expected '{tensor}' of shape {shape}, but found {found or 'none'}; collect this "
+                    "sketch again."
+                )
+    return layers
+
+
+def _is_layer(entry: Any) -> bool:
+    return isinstance(entry, list) and [type(value) for value in entry] == [int, int, str] and min(entry[:2]) > 0
 
 
 def sketch_header(path: str | Path) -> dict[str, Any]:
@@ -85,6 +115,7 @@ def sketch_header(path: str | Path) -> dict[str, Any]:
     """
     header, tensors = _read(path, _SKETCH_KEY, "a sketch that sstmerge wrote")
     counts = _take_counts(tensors, path)
+    _checked_layers(header, tensors, path)
     return {
         **header,
         "counts": {name: getattr(counts, name).tolist() for name in Counts.__dataclass_fields__},
@@ -156,9 +187,10 @@ def _read(path: str | Path, key: str, what: str) -> tuple[dict[str, Any], dict[s
         raise FisherError(f"'{path}' is not a readable safetensors file: {error}.") from error
     if key not in metadata:
         raise FisherError(f"'{path}' is a safetensors file, but not {what}.")
-    header: dict[str, Any] = json.loads(metadata[key])
-    if header.get("format") != _FORMAT:
-        raise FisherError(f"'{path}' has sketch format {header.get('format')}; this version reads format {_FORMAT}.")
+    header = parse_json(metadata[key], f"The description of '{path}'", FisherError)
+    if not isinstance(header, dict) or header.get("format") != _FORMAT:
+        found = header.get("format") if isinstance(header, dict) else header
+        raise FisherError(f"'{path}' has sketch format {found!r:.40}; this version reads format {_FORMAT}.")
     return header, tensors
 
 

@@ -12,7 +12,7 @@ from sstmerge.adapters import Adapter, CoreSpace
 from sstmerge.errors import InputError
 from sstmerge.fisher import Fisher, Sketch, collect_sketch, load_sketch, save_sketch
 from sstmerge.fisher.sketch_file import is_sketch
-from sstmerge.fisher.sketch_taps import SketchPlan
+from sstmerge.fisher.sketch_plan import SketchPlan
 from sstmerge.pipeline.answers import answer
 from sstmerge.pipeline.calibration import CollectionOptions, batches_of, load_all
 from sstmerge.pipeline.progress import Progress, no_progress, token_progress
