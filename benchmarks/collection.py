@@ -7,7 +7,7 @@ Without --base: random Llamas (hidden 512 with six layers, hidden 1024 with two;
 r = 16 on all seven projections, batches of 8 x 128 tokens, all of which enter the loss. The rows are
 
     bare                    PeftModel with one of the adapters, gradients of the LoRA weights: what fine-tuning pays
-    activations, PEFT/base  the same, and the base model, without any weight's gradient
+    activations, PEFT/base  the same, and the base model, without any weight's gradient; also with our chunked head
     sstmerge …              `collect_fisher` as a whole, at the base and at one adapter
     peers                   `collection_peers.py`; a row is left out, with the reason, where its package is missing
 
@@ -36,6 +36,7 @@ from collection_workload import (
     RANDOM_MODELS,
     Workload,
     activation_gradients,
+    activation_gradients_of_responses,
     bare,
     demo_workload,
     random_workload,
@@ -47,7 +48,7 @@ from rich.table import Table
 from sstmerge.fisher import collect_fisher
 
 Call = Callable[[], object]
-BARS = ("bare", "activations, base", "activations, PEFT", "dattri LoGra hook")
+BARS = ("bare", "activations, base", "activations, base, our head", "activations, PEFT", "dattri LoGra hook")
 # Peers' two-pass methods: the row, and the rows it is the sum of.
 SUMS = {
     "kronfluence EK-FAC": ("kronfluence K-FAC", "kronfluence EK-FAC, second pass"),
@@ -67,6 +68,7 @@ def builders() -> dict[str, tuple[str, Callable[[Workload], Call]]]:
     rows: dict[str, tuple[str, Callable[[Workload], Call]]] = {
         "bare": ("gradients of the LoRA weights, summed over the batch", bare),
         "activations, base": ("no gradient of any weight", partial(activation_gradients, peft=False)),
+        "activations, base, our head": ("no gradient of any weight", activation_gradients_of_responses),
         "activations, PEFT": ("no gradient of any weight", partial(activation_gradients, peft=True)),
     }
     objects = {

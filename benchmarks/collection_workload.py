@@ -15,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from sstmerge.adapters import Adapter, CoreSpace, LoraFactors, load_adapter
 from sstmerge.fisher import Batch
+from sstmerge.fisher.head import Head, label_scores
 from sstmerge.fisher.taps import frozen
 from sstmerge.pipeline.calibration import CollectionOptions, batches_of
 from sstmerge.pipeline.models import load_model, load_tokenizer
@@ -177,6 +178,39 @@ def activation_gradients(work: Workload, *, peft: bool) -> Callable[[], None]:
                 summed_loss(model, batch).backward()
 
     return run
+
+
+def activation_gradients_of_responses(work: Workload) -> Callable[[], None]:
+    """The same with this package's chunked head, and a backward pass that ends in the first block: collecting without taps."""
+    model, head = work.model, Head(work.model)
+
+    def run() -> None:
+        with frozen(model), _first_block_requires_grad(model):
+            for batch in work.batches:
+                captured: list[Tensor] = []
+                with head.capturing(captured):
+                    model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+                predicts = torch.zeros_like(batch.loss_mask)
+                predicts[:, :-1] = batch.loss_mask[:, 1:]
+                hidden = captured[0][predicts]
+                labels = batch.input_ids[:, 1:][batch.loss_mask[:, 1:]]
+                weight = torch.ones(len(labels))
+                gradients = label_scores(head, hidden, lambda p, rows, y=labels: y[rows][None], weight)
+                hidden.backward(gradients[0])
+
+    return run
+
+
+@contextmanager
+def _first_block_requires_grad(model: nn.Module) -> Iterator[None]:
+    anchor = torch.zeros((), requires_grad=True)
+    layers = [m for name, m in model.named_modules() if ".layers.0." in name and isinstance(m, nn.Linear)]
+    handles = [m.register_forward_hook(lambda m, args, output: output + anchor.to(output.dtype)) for m in layers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 
@@ -10,6 +11,7 @@ import torch
 from builders import dense_fisher, random_adapter, random_batch, relative_error
 
 from sstmerge.adapters import CoreSpace
+from sstmerge.cli import main
 from sstmerge.errors import InputError
 from sstmerge.fisher import Fisher, collect_fisher
 from sstmerge.fisher.batch import length_groups, regroup
@@ -21,6 +23,7 @@ from sstmerge.fisher.convergence import (
     single_look,
     spent,
 )
+from sstmerge.fisher.fisher import read_header
 from sstmerge.merging.convergence import adapters_sum, pair_look
 from sstmerge.pipeline.calibration import CollectionOptions, collect_pair
 from sstmerge.pipeline.sequential import StoppingRule, converge
@@ -223,6 +226,30 @@ def test_convergence_is_in_the_file(model, space, batches, tmp_path):
     fisher.save(tmp_path / "fisher.safetensors")
     loaded = Fisher.load(tmp_path / "fisher.safetensors", space.adapters)
     assert loaded.metadata["convergence"]["looks"][0]["sequences"] == [6]
+
+
+@pytest.mark.parametrize("option", [("--tolerance", "1e6"), ("--max-samples", "6")])
+def test_merge_and_fisher_commands_stop_early(job, tmp_path, monkeypatch, option):
+    common = ["--base", job["base"], "--completion-tokens", "4", "--structure", "kfac", "--check-every", "2", *option]
+    roles = ["--utility", job["utility"], "--safety", job["safety"]]
+    data = ["--harm", job["harm.jsonl"], "--benign", job["benign.jsonl"]]
+    command(monkeypatch, "merge", *common, *roles, *data, "--top", "40", "--out", str(tmp_path / "merged"))
+    report = json.loads((tmp_path / "merged" / "sstmerge_report.json").read_text())
+    adapters = ["--adapter", f"u={job['utility']}", "--adapter", f"s={job['safety']}", "--labels", "data"]
+    file = tmp_path / "f.safetensors"
+    command(monkeypatch, "fisher", *common, *adapters, "--data", job["harm.jsonl"], "--out", str(file))
+    for metadata in (report["gain"], report["cost"], read_header(file)["metadata"]):
+        recorded = metadata["convergence"]
+        assert recorded["sequences"] == 6
+        assert recorded["converged"] == (option[0] == "--tolerance")
+        assert recorded["looks"][-1]["kl"]["estimate"] > 0
+
+
+def command(monkeypatch, *arguments):
+    monkeypatch.setattr("sys.argv", ["sstmerge", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert not ended.value.code
 
 
 @pytest.mark.parametrize(

@@ -60,6 +60,6 @@ def _rows(given: Mapping[str, Any]) -> int:
     for role in ("harm", "benign", "data"):
         files = [file for file in given.get(role) or [] if Path(file).is_file()]
         count = len(load_all(files, split=given["split"], limit=given["limit"])) if files else 0
-        sampled = role == "benign" or (role == "data" and given["labels"] == "sampled")
+        sampled = role == "benign" or (role == "data" and given.get("labels") == "sampled")
         rows += min(count, given.get("max_samples") or count) * (given["draws"] if sampled else 1)
     return rows * points_of(given["reference"])
