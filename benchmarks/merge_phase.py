@@ -72,17 +72,20 @@ def slope(points: list[tuple[float, float]]) -> float:
 
 
 def slopes(rows: list[dict]) -> dict[str, dict[str, float]]:
-    """Return the slope over LoRA parameters from 1B to 70B shapes, by method and clock."""
-    found: dict[str, dict[str, float]] = {}
+    """Return the slope over LoRA parameters from 1B to 70B shapes, by method, and by step of ours, and clock."""
     wide = [row for row in rows if row["model"] in SCALING and (row["rank"], row["adapters"]) == (RANK, COUNT)]
-    for method in dict.fromkeys(name for row in wide for name in row["methods"]):
-        timed = [(row["parameters"], row["methods"][method]) for row in wide if method in row["methods"]]
-        measured = [(size, result) for size, result in timed if "extrapolated" not in result]
-        if len(measured) > 2:
-            found[method] = {
-                clock: slope([(size, result[clock]) for size, result in measured]) for clock in ("cpu_s", "wall_s")
-            }
-    return found
+    timed: dict[str, list[tuple[int, dict]]] = {}
+    for row in wide:
+        for method, result in row["methods"].items():
+            if "extrapolated" not in result:
+                timed.setdefault(method, []).append((row["parameters"], result))
+                for step, times in result.get("steps", {}).items():
+                    timed.setdefault(f"{method}, {step}", []).append((row["parameters"], times))
+    return {
+        name: {clock: slope([(size, times[clock]) for size, times in points]) for clock in ("cpu_s", "wall_s")}
+        for name, points in timed.items()
+        if len(points) > 2
+    }
 
 
 def extrapolate(rows: list[dict]) -> None:

@@ -1,0 +1,105 @@
+"""The passes over factors and scores: chunks do not matter, and what a merge need not form is not formed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from builders import gain_and_cost, random_adapter, relative_error
+
+from sstmerge.adapters import Adapter, CoreSpace, LoraFactors, stacks
+from sstmerge.errors import AdapterError, InputError
+from sstmerge.fisher import Fisher
+from sstmerge.gevp import score_matrix, solve
+from sstmerge.gevp.score_matrix import ScoreMatrix
+from sstmerge.merging import Selection, merge_cores
+
+
+@pytest.fixture(scope="module")
+def model(pico_llama):
+    return pico_llama()
+
+
+@pytest.fixture(scope="module")
+def space(model):
+    return CoreSpace.of(
+        [random_adapter(model, name, rank=2 + i, seed=i) for i, name in enumerate(("utility", "safety"))]
+    )
+
+
+@pytest.mark.parametrize("entries", [1, 700, 10**6])
+def test_layers_per_chunk_do_not_change_grams_and_products(monkeypatch, space, entries):
+    monkeypatch.setitem(stacks._ENTRIES_PER_CHUNK, "cpu", entries)
+    for group in space.groups:
+        for stack, transform in ((group.outputs, group.output_transform), (group.inputs, group.input_transform)):
+            fresh = stacks.FactorStack(stack.factors, stack.transposed)
+            dense = torch.stack(
+                [
+                    torch.cat([(f.mT if stack.transposed else f).double() for f in of_layer], dim=1)
+                    for of_layer in zip(*stack.factors, strict=True)
+                ]
+            )
+            torch.testing.assert_close(fresh.gram, dense.mT @ dense)
+            torch.testing.assert_close(fresh.combine(transform, torch.float64), dense @ transform)
+            rows = fresh.combine(transform, torch.float32, rows=True)
+            assert rows.is_contiguous()
+            torch.testing.assert_close(rows, (dense @ transform).mT.float())
+
+
+def test_a_merge_with_fishers_at_hand_never_forms_the_bases(model, space):
+    rebuilt = CoreSpace.from_basis(space.adapters, space.basis_description(), space.basis_tensors())
+    utility, safety = rebuilt.core("utility"), rebuilt.core("safety")
+    fishers = (
+        Fisher(f.structure, rebuilt, f.statistics, f.counts, f.metadata) for f in gain_and_cost(model, space, "kfac")
+    )
+    merged = merge_cores(solve(*fishers), utility, safety, selection=Selection(top=3))
+    rebuilt.to_adapter(merged.core, name="merged")
+    assert not any({"U", "V"} & set(vars(group)) for group in rebuilt.groups)
+    assert rebuilt.groups[0].U.shape[0] == len(rebuilt.groups[0].names)
+    assert "U" in vars(rebuilt.groups[0])
+
+
+def test_a_cholesky_factor_that_fails_is_replaced_by_the_symmetric_root(model):
+    adapter = random_adapter(model, "a", targets=("q_proj",), rank=3)
+    layers = {  # the first row of A and column of B twice
+        path: LoraFactors(torch.cat([f.A, f.A[:1]]), torch.cat([f.B, f.B[:, :1]], dim=1), 1.0)
+        for path, f in adapter.layers.items()
+    }
+    space = CoreSpace.of([Adapter("a", layers)])
+    assert {group.core_shape[1:] for group in space.groups} == {(3, 3)}
+    written = space.to_adapter(space.core("a"), name="w", dtype=torch.float64)
+    for path, factors in layers.items():
+        assert relative_error(written.layers[path].delta(), factors.delta()) < 1e-9
+
+
+def test_embedding_refuses_spaces_that_stack_other_adapters(space):
+    alone = CoreSpace.of(space.adapters[:1])
+    with pytest.raises(InputError, match="stack others"):
+        space.embed(alone.zero(), alone)
+
+
+@pytest.mark.parametrize("entries", [1, 50, 10**6])
+def test_columns_per_chunk_do_not_change_products_of_scores(monkeypatch, model, space, entries):
+    monkeypatch.setattr(score_matrix, "_ENTRIES_PER_CHUNK", entries)
+    gain, cost = gain_and_cost(model, space, "global")
+    G, H = gain.scores().double(), cost.scores().double()
+    left, right = ScoreMatrix(gain), ScoreMatrix(cost)
+    for gram, expected in zip(left.grams(right), (G @ G.mT, G @ H.mT, H @ H.mT), strict=True):
+        torch.testing.assert_close(gram, expected)
+    vector, weights = torch.randn(space.size, dtype=torch.float64), torch.randn(len(G), dtype=torch.float64)
+    torch.testing.assert_close(left.times(vector), G @ vector)
+    torch.testing.assert_close(left.transposed_times(weights), G.mT @ weights)
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_one_bad_number_anywhere_is_found(model, number, dtype):
+    adapter = random_adapter(model, "a", dtype=dtype)
+    for factors in list(adapter.layers.values())[:2]:
+        for tensor in (factors.A, factors.B):
+            for position in (0, tensor.numel() // 2, tensor.numel() - 1):
+                kept = tensor.view(-1)[position].clone()
+                tensor.view(-1)[position] = number
+                with pytest.raises(AdapterError, match="NaN or Inf"):
+                    adapter.validate()
+                tensor.view(-1)[position] = kept
+    adapter.validate()
