@@ -305,5 +305,5 @@ def test_the_order_in_which_parts_come_changes_no_bit(leaves):
 
 def test_leaves_are_few_where_sums_are_large():
     assert [leaf_length(Structure.BLOCK, n) for n in (1, 8, 9, 1000)] == [1, 1, 2, 125]
-    assert [leaf_length(Structure.KFAC, n) for n in (1, 256, 257, 10_000)] == [1, 1, 2, 40]
+    assert [leaf_length(Structure.KFAC, n) for n in (1, 64, 65, 10_000)] == [1, 1, 2, 157]
     assert [leaf_length(Structure.GLOBAL, n) for n in (1, 10_000)] == [1, 1]

@@ -144,7 +144,7 @@ def collect_fisher(
                     run = BatchScores(model, head, taps, batch, seed * len(points) + number)
                     accumulator = work.collected.accumulator(item)
                     work.collected.add(item, run.collect(accumulator, labels, draws))
-    statistics, counts = work.total()
+    statistics, counts = work.total(progress)
     if basis is not None:
         statistics |= basis.statistics()
     _check_finite(statistics, space)

@@ -21,7 +21,7 @@ from sstmerge.fisher.structures import Accumulator, Structure
 # Leaves of a collection. Partial sums that wait for their siblings are as many as the tree is deep, plus one: for `block`,
 # whose sums are gigabytes, four. `global` keeps every sequence anyway and adds little; there, a leaf is a batch.
 _MOST_LEAVES = {Structure.BLOCK: 8, Structure.GLOBAL: None}
-_MOST_LEAVES_OF_SMALL_SUMS = 256
+_MOST_LEAVES_OF_SMALL_SUMS = 64
 
 # A node of the tree: (level, index) holds the leaves from index · 2^level to (index + 1) · 2^level.
 Node = tuple[int, int]

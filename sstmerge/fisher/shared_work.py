@@ -89,8 +89,12 @@ class SharedWork:
         if self.items:
             self._save()  # other processes, or what follows this collection, may fail yet
 
-    def total(self) -> tuple[dict[str, Tensor], Counts]:
-        """Return the statistics and counts of all processes and all starts, to every process."""
+    def total(self, progress: Callable[[int, int], None] | None) -> tuple[dict[str, Tensor], Counts]:
+        """Return the statistics and counts of all processes and all starts, to every process.
+
+        Args:
+            progress: Told that everything is done when the last process is.
+        """
         own, tensors = dict(self.collected.sum.nodes), dict[str, Tensor]()
         if self._checkpoint is not None:
             own |= self._checkpoint.earlier()
@@ -109,6 +113,8 @@ class SharedWork:
             whole = everything.total()
             whole_tensors = Part(whole.statistics(), whole.counts).to_tensors("")
         whole = Part.from_tensors(self._ranks.broadcast(whole_tensors), "")
+        if progress is not None:
+            progress(self._total, self._total)
         return whole.sums, whole.counts
 
     def _after_batch(self, signal: int | None) -> None:
