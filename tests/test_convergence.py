@@ -17,6 +17,7 @@ from sstmerge.fisher import Fisher, collect_fisher
 from sstmerge.fisher.batch import length_groups, regroup
 from sstmerge.fisher.convergence import (
     Groups,
+    convergence_sentence,
     jackknife_error,
     random_chunks,
     ratio_interval,
@@ -243,6 +244,16 @@ def test_merge_and_fisher_commands_stop_early(job, tmp_path, monkeypatch, option
         assert recorded["sequences"] == 6
         assert recorded["converged"] == (option[0] == "--tolerance")
         assert recorded["looks"][-1]["kl"]["estimate"] > 0
+
+
+def test_sentence_says_how_much_was_needed():
+    look = {"kl": {"estimate": 0.02, "half_width": 0.003}, "step_error": 0.12}
+    recorded = {"tolerance": 0.2, "converged": True, "sequences": 48, "sequences_available": 500, "looks": [look]}
+    words = "converged to 20% with 48 of 500 sequences: held-out KL 0.02 ± 0.003 nats/token, step error 12%"
+    assert convergence_sentence({"convergence": recorded}) == words
+    look["kl"]["half_width"] = None
+    assert "too few groups" in convergence_sentence({"convergence": {**recorded, "converged": False}})
+    assert convergence_sentence({}) is None
 
 
 def command(monkeypatch, *arguments):

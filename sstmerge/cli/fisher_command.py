@@ -82,6 +82,7 @@ def fisher(
 ) -> None:
     """Collect one Fisher and save it, to be used by any number of merges."""
     in_processes(launch)
+    from sstmerge.fisher.convergence import convergence_sentence
     from sstmerge.pipeline.calibration import CollectionOptions
     from sstmerge.pipeline.fisher_job import collect_file
     from sstmerge.pipeline.launch import own_device
@@ -125,3 +126,5 @@ def fisher(
         f"Wrote {out}: {collected.structure} Fisher of {float(counts.sequences.sum()):g} sequences, "
         f"{collected.tokens:g} response tokens, {len(collected.space.layer_names)} layers."
     )
+    if (stopped := convergence_sentence(collected.metadata)) is not None:
+        console.print(f"Collecting: {stopped}.")

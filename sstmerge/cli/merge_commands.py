@@ -318,6 +318,8 @@ def report_table(result: Any) -> Table:
     Returns:
         The table.
     """
+    from sstmerge.fisher.convergence import convergence_sentence
+
     report, stability = result.merge.report, result.stability
     table = Table(title=f"Merge: {report.rule}, {report.structure}", show_header=False)
     table.add_row("directions kept", f"{report.directions} of {report.directions_in_all}")
@@ -333,6 +335,9 @@ def report_table(result: Any) -> Table:
     table.add_row("norm", f"{report.norm:.3f} (task arithmetic: {report.norm_task_arithmetic:.3f})")
     table.add_row("largest λ", ", ".join(f"{value:.4g}" for value in report.spectrum[:6]))
     table.add_row("effective sequences", f"{report.gain_sequences:.0f} harm, {report.cost_sequences:.0f} benign")
+    for role, fisher in (("harm", result.gain), ("benign", result.cost)):
+        if (stopped := convergence_sentence(fisher.metadata)) is not None:
+            table.add_row(f"{role} data", stopped)
     if stability is not None:
         table.add_row(
             "split halves",

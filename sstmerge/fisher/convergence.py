@@ -19,7 +19,7 @@ from __future__ import annotations
 import functools
 import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -82,6 +82,21 @@ class Look:
         if self.step_error is not None and not math.isfinite(self.step_error):
             plain["step_error"] = None
         return plain
+
+
+def convergence_sentence(metadata: Mapping[str, Any]) -> str | None:
+    """Return what a Fisher's metadata say about when its collection stopped, in words; None where all data were taken."""
+    recorded = metadata.get("convergence")
+    if recorded is None:
+        return None
+    look = recorded["looks"][-1]
+    kl, error = look["kl"], look["step_error"]
+    width = "too few groups for an interval" if kl["half_width"] is None else f"± {kl['half_width']:.2g}"
+    moved = "" if error is None else f", step error {error:.0%}"
+    asked = "" if recorded["tolerance"] is None else f" to {recorded['tolerance']:.0%}"
+    found = "converged" + asked if recorded["converged"] else "not converged" + asked
+    used = f"{recorded['sequences']} of {recorded['sequences_available']} sequences"
+    return f"{found} with {used}: held-out KL {kl['estimate']:.2g} {width} nats/token{moved}"
 
 
 class Groups:
