@@ -245,8 +245,8 @@ def mark_absurd(outcomes: Sequence[Outcome], perplexities: Sequence[float], *, h
 
 def _load(kind: type, model: str | Path, device: str | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     try:
-        loaded = kind.from_pretrained(model)  # type: ignore[attr-defined]
-        tokenizer = AutoTokenizer.from_pretrained(model)
+        loaded = kind.from_pretrained(model, trust_remote_code=False)  # type: ignore[attr-defined]
+        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise InputError(
             f"The judge '{model}' cannot be loaded, neither as a folder nor from the hub: {error}"
