@@ -72,7 +72,6 @@ def select(selection: Selection, eigenvalues: Tensor, coordinates: Tensor, dimen
         InputError: If more directions are asked for than there are, or the gain energy is zero.
     """
     count = len(eigenvalues)
-    order = efficiency_order(eigenvalues)
     if selection.top is not None:
         if selection.top > count:
             raise InputError(
@@ -83,15 +82,24 @@ def select(selection: Selection, eigenvalues: Tensor, coordinates: Tensor, dimen
         # `global` lists at most as many directions as there are gain samples; the others have λ = 0.
         kept = min(count, math.ceil(selection.fraction * dimension))
     elif selection.energy is not None:
-        cumulative = (eigenvalues * coordinates.square())[order].cumsum(0)
+        cumulative = (eigenvalues * coordinates.square())[efficiency_order(eigenvalues)].cumsum(0)
         if not len(cumulative) or not float(cumulative[-1]) > 0:
             raise InputError("The safety adapter has no gain energy: no direction with λ > 0 has a part in it.")
         reached = cumulative >= selection.energy * cumulative[-1] * (1 - 1e-12)
         kept = int(reached.to(torch.int8).argmax()) + 1
     else:
         kept = count
-    mask = torch.zeros(count, dtype=torch.float64, device=eigenvalues.device)
-    mask[order[:kept]] = 1.0
+    return _largest(eigenvalues, kept)
+
+
+def _largest(eigenvalues: Tensor, kept: int) -> Tensor:
+    """Return 1 for the `kept` largest λ, of equal ones the first, and 0 for others; without sorting all of them."""
+    if kept == len(eigenvalues):
+        return torch.ones_like(eigenvalues)
+    smallest = eigenvalues.topk(kept, sorted=False).values.min()
+    mask = (eigenvalues > smallest).to(eigenvalues.dtype)
+    ties = (eigenvalues == smallest).nonzero().squeeze(1)
+    mask[ties[: kept - int(mask.sum())]] = 1.0
     return mask
 
 
