@@ -13,6 +13,7 @@ from sstmerge.fisher import reference_points
 from sstmerge.fisher.structures import Structure, parse_structure
 from sstmerge.pipeline.calibration import CollectionOptions, load_all
 from sstmerge.pipeline.models import load_tokenizer, parameter_count
+from sstmerge.pipeline.process_memory import available_bytes
 from sstmerge.pipeline.roles import AdapterSource, expand_reference, load_roles
 from sstmerge.prompts import Example, encode
 
@@ -81,6 +82,8 @@ def plan_merge(
     table.add_row(
         "memory of both Fishers", f"about {_fisher_bytes(structure, space, sets, points, options) / 1e6:,.1f} MB"
     )
+    free = available_bytes()
+    table.add_row("free memory", "unknown" if free is None else f"{free / 1e6:,.1f} MB")
     table.add_row("output", str(out))
     return table
 
