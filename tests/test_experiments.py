@@ -171,3 +171,37 @@ def test_fidelity_runs_through_and_resumes(modules, model, data, tmp_path):
     assert [r["agreement"] for r in rows[:: len(rows) // 2]] == pytest.approx([1, 1])
     page = (tmp_path / "out" / "fidelity.md").read_text()
     assert page.count("| utility | ") == len(rows) // 2
+
+
+def test_many_experts_runs_through_and_resumes(modules, model, data, tmp_path):
+    many, said = modules["many_experts"], []
+    for name, words in (("TREC.train.all", "x"), ("TREC.test.all", "y")):
+        (data / name).write_text("\n".join(f"{i % 6} What is {words} {i} ?" for i in range(30)))
+    (data / "subj.all").write_text("\n".join(f"{i % 2} sentence {i}" for i in range(40)))
+    config = replace(
+        many.QUICK,
+        tasks=("sst2", "trec", "subjectivity"),
+        counts=(2, 3),
+        train=8,
+        test=20,
+        methods=("task_arithmetic", "regmean"),
+        epochs=1,
+        resamples=20,
+    )
+    for _ in range(2):
+        bench = modules["workbench"].Workbench(model, data, tmp_path / "out", said.append)
+        experiment = many.ManyExperts(bench, data, tmp_path / "out", config)
+        assert experiment.estimate() > 0
+        experiment.run()
+    # Once each: 3 experts, and alone; for each T two Fishers of each expert, the base, and 3 methods at 2 scales.
+    assert len(said) == 3 + 2 * (2 + 3) + 2 + 3 + 2 * 6
+    rows = json.loads((tmp_path / "out" / "many_experts.json").read_text())["rows"]
+    assert [(r["experts"], r["method"]) for r in rows[:4]] == [
+        (2, "base"), (2, "task_arithmetic"), (2, "regmean"), (2, many.SST)
+    ]  # fmt: skip
+    for row in rows:
+        assert row["normalised average accuracy"]["estimate"] == pytest.approx(max(row["by scale"].values()))
+        assert set(row["by task"]) == set(config.tasks[: row["experts"]])
+    assert "| sst, many experts | " in (tmp_path / "out" / "many_experts.md").read_text()
+    with pytest.raises(modules["many_experts"].DataError, match="4 experts need as many tasks, but 3"):
+        many.ManyExperts(bench, data, tmp_path, replace(config, counts=(4,)))

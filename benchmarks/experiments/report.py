@@ -51,6 +51,11 @@ class Results:
         """Return the mean accuracy over tasks, without the last two axes."""
         return np.mean([arrays[f"correct {task}"].mean(axis=(-2, -1)) for task in self.tasks], axis=0)
 
+    def of(self, methods: Sequence[int], what: str) -> dict[str, npt.NDArray[Any]]:
+        """Return what a plane is drawn from, of some methods only: drawing all of it again takes far longer."""
+        names = [f"correct {task}" for task in self.tasks] if what == UTILITY else ["refused borderline"]
+        return {name: self.samples[name][list(methods)] for name in ("refused harmful", *names)}
+
     def curve(self, arrays: Arrays, method: int, what: str) -> Curve:
         """Return a method's sweep: refusal of harmful prompts against utility, or against answered borderline prompts."""
         safety = arrays["refused harmful"][method].mean(axis=(-2, -1))
@@ -95,17 +100,18 @@ def intervals(results: Results, *, resamples: int, seed: int) -> dict[str, dict[
         rows: dict[str, Any] = {}
         for title, (what, metric) in METRICS.items():
 
-            def value(arrays: Arrays, at: int = index, plane: str = what, rule: Metric = metric) -> float | None:
-                return rule(results.curve(arrays, at, plane), utility, matched)
+            def value(arrays: Arrays, plane: str = what, rule: Metric = metric) -> float | None:
+                return rule(results.curve(arrays, 0, plane), utility, matched)
 
-            rows[title] = _interval(value, results.samples, resamples, seed)
+            rows[title] = _interval(value, results.of([index], what), resamples, seed)
             if title.startswith("hypervolume") and own not in (None, index):
 
-                def lead(arrays: Arrays, at: int = index, plane: str = what) -> float:
-                    ours, theirs = (hypervolume(results.curve(arrays, i, plane)) for i in (own, at))
+                def lead(arrays: Arrays, plane: str = what) -> float:
+                    ours, theirs = (hypervolume(results.curve(arrays, position, plane)) for position in (0, 1))
                     return ours - theirs
 
-                rows[f"{results.names[own]} leads by, {title}"] = _interval(lead, results.samples, resamples, seed)
+                both = results.of([own, index], what)
+                rows[f"{results.names[own]} leads by, {title}"] = _interval(lead, both, resamples, seed)
         curve = results.curve(results.samples, index, UTILITY)
         for kind in ("pearson", "spearman"):
             try:

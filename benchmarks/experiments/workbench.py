@@ -63,7 +63,7 @@ class Workbench:
 
     def adapters(self, folders: Folders) -> dict[str, Adapter]:
         """Load the adapters that `train` wrote."""
-        return {role: load_adapter(folders[role] / role, name=role) for role in ROLES}
+        return {role: load_adapter(folder / role, name=role) for role, folder in folders.items()}
 
     def pair(
         self, gain: list[Example], cost: list[Example], options: CollectionOptions, space: CoreSpace, folders: Folders
@@ -86,21 +86,35 @@ class Workbench:
         return found[0], found[1]
 
     def own_fisher(
-        self, role: str, rows: list[Example], structure: str, space: CoreSpace, folders: Folders, seed: int
+        self,
+        role: str,
+        rows: list[Example],
+        structure: str,
+        space: CoreSpace,
+        folders: Folders,
+        seed: int,
+        *,
+        reference: str | None = None,
     ) -> Fisher:
-        """Collect the Fisher of an adapter on its own data at itself, or load it."""
+        """Collect the Fisher of an adapter's own data, at the adapter itself or at a reference, or load it."""
 
         def compute(folder: Path) -> None:
             batches = batches_of(self.model, self.tokenizer, rows, CollectionOptions(max_length=LONGEST))
             collect_fisher(
-                self.model, batches, space, structure=structure, labels="sampled", reference=role, seed=seed
+                self.model,
+                batches,
+                space,
+                structure=structure,
+                labels="sampled",
+                reference=reference or role,
+                seed=seed,
             ).save(folder / "own.safetensors")
 
         inputs = {
             "structure": structure,
             "rows": rows_key(rows),
             "adapters": stage_names(folders),
-            "role": role,
+            "reference": reference or role,
             "seed": seed,
         }
         folder = self.stages.run(f"own-fisher-{role}", inputs, compute)

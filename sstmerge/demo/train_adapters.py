@@ -221,7 +221,7 @@ def _fit(model: PeftModel, batches: Sequence[Batch], recipe: Recipe) -> None:
     optimizer = torch.optim.AdamW(parameters, lr=recipe.learning_rate, weight_decay=0.0)
     warm_up = max(1, len(batches) // 10)
     schedule = LambdaLR(
-        optimizer, lambda step: min((step + 1) / warm_up, (len(batches) - step) / (len(batches) - warm_up))
+        optimizer, lambda step: min((step + 1) / warm_up, (len(batches) - step) / max(1, len(batches) - warm_up))
     )
     model.train()
     losses: list[float] = []

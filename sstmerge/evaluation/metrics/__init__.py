@@ -9,7 +9,7 @@ from sstmerge.evaluation.metrics.balance import (
     normalised_average_accuracy,
 )
 from sstmerge.evaluation.metrics.paired_tests import McNemar, mcnemar, paired_permutation
-from sstmerge.evaluation.metrics.resampling import Interval, bootstrap
+from sstmerge.evaluation.metrics.resampling import Interval, bootstrap, difference_of_means
 from sstmerge.evaluation.metrics.trade_off import (
     Curve,
     curve_area,
@@ -29,6 +29,7 @@ __all__ = [
     "bootstrap",
     "correlation",
     "curve_area",
+    "difference_of_means",
     "drift_reduction",
     "hypervolume",
     "mcnemar",

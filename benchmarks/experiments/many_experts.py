@@ -1,0 +1,346 @@
+"""Experiment B, many experts: what is left of T experts in one model, by every method, swept over one common scale?
+
+    python benchmarks/experiments/many_experts.py --model MODEL --data FOLDER --out FOLDER [--quick]
+
+Each expert is an adapter of one classification task. For every T the first T tasks are merged, and the merged model is
+measured on all of their test examples. The number is the normalised average accuracy, the mean of accuracy(merged) /
+accuracy(expert). SST's many-expert form takes the Fisher of each expert's data as its gain and the
+others' as its cost, all at the mean of the experts.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from stages import versions
+from torch import Tensor
+from workbench import Workbench, common_arguments, in_words, rows_key, stage_names, stopwatch
+
+from sstmerge import available_methods
+from sstmerge.adapters import Adapter, CoreSpace
+from sstmerge.errors import DataError
+from sstmerge.evaluation.classification import classify
+from sstmerge.evaluation.classification_tasks import CLASSIFICATION_TASKS, load_task
+from sstmerge.evaluation.metrics import Interval, bootstrap, normalised_average_accuracy
+from sstmerge.evaluation.overlap import refuse_overlaps, without
+from sstmerge.fisher import Fisher
+from sstmerge.merging import merge_experts
+from sstmerge.merging.methods.statistics import FisherStatistics
+from sstmerge.pipeline.evaluate import write_json
+from sstmerge.pipeline.evaluate_job import adapter_state, core_state
+from sstmerge.pipeline.method_merge import merge_adapters
+from sstmerge.prompts import Example
+
+STATISTICS = "kfac"
+SST = "sst, many experts"
+BASE, EXPERTS = "base", "experts"
+LONGEST_PROMPT = 400  # characters
+FISHER_ROWS = 64
+
+
+@dataclass(frozen=True)
+class Config:
+    """What is run.
+
+    Attributes:
+        tasks: The tasks, in the order that they join in.
+        counts: Numbers of experts.
+        seeds: Seeds of training and its rows.
+        train: Training examples of each task.
+        test: Test examples of each task.
+        scales: Weights that all experts are given.
+        methods: Methods of the registry; None for all that need no roles.
+        structure: Structure of SST's Fishers.
+        epochs: Passes of the training.
+        learning_rate: Peak learning rate.
+        resamples: Bootstrap resamples.
+    """
+
+    tasks: tuple[str, ...] = ("sst2", "trec", "subjectivity", "cola", "customer-reviews", "opinions", "sst5", "mrpc")
+    counts: tuple[int, ...] = (4, 8)
+    seeds: tuple[int, ...] = (0, 1, 2)
+    train: int = 320
+    test: int = 200
+    scales: tuple[float, ...] = (0.2, 0.4, 0.6, 0.8, 1.0)
+    methods: tuple[str, ...] | None = None
+    structure: str = "kfac"
+    epochs: int = 2
+    learning_rate: float = 7e-4
+    resamples: int = 2000
+
+
+QUICK = Config(
+    tasks=("sst2", "trec", "subjectivity", "cola"),
+    counts=(2, 4),
+    seeds=(0,),
+    train=96,
+    test=32,
+    scales=(0.4, 0.8),
+    methods=("task_arithmetic", "ties", "dare", "tsv_m", "iso_c", "knots_ties", "subspace_boosting", "regmean"),
+    resamples=300,
+)
+
+
+class ManyExperts:
+    """One run of the experiment."""
+
+    def __init__(self, bench: Workbench, data: Path | None, out: Path, config: Config) -> None:
+        if max(config.counts) > len(config.tasks):
+            raise DataError(f"{max(config.counts)} experts need as many tasks, but {len(config.tasks)} are listed.")
+        self.bench, self.out, self.config = bench, out, config
+        self._data = data
+        runnable = [
+            name
+            for name, method in available_methods().items()
+            if set(method.needs) <= {"fishers"} and name != "cat" and (config.methods is None or name in config.methods)
+        ]
+        self.names = [*runnable, SST]
+
+    def rows(self, seed: int) -> dict[str, tuple[list[Example], list[Example]]]:
+        """Return training and test examples of each task; no training example of any task is a test example of any other.
+
+        SST-2's sentences are among Rotten Tomatoes', for one. The test examples are the same for all seeds.
+        """
+        config = self.config
+        tasks = config.tasks[: max(config.counts)]
+        pools = {task: self._pools(task) for task in tasks}
+        tests = {task: random.Random(0).sample(without(pools[task][1]), config.test) for task in tasks}
+        found = {}
+        for task in tasks:
+            left = without(pools[task][0], *tests.values())
+            if len(left) < config.train:
+                raise DataError(f"The task '{task}' has {len(left)} training examples left, but needs {config.train}.")
+            found[task] = random.Random(seed).sample(left, config.train), tests[task]
+        trained, tested = ([e for rows in found.values() for e in rows[part]] for part in (0, 1))
+        refuse_overlaps({"training": trained, "test": tested})
+        return found
+
+    def _pools(self, task: str) -> tuple[list[Example], list[Example]]:
+        whole = "all" in CLASSIFICATION_TASKS[task].local.splits and self._data is not None
+        splits = ("all", "all") if whole else ("train", "test")
+        train, test = (_short(load_task(task, split, data=self._data)) for split in splits)
+        if len(without(test)) < self.config.test:
+            raise DataError(f"The task '{task}' has {len(without(test))} test examples, but needs {self.config.test}.")
+        return train, test
+
+    def estimate(self) -> float:
+        """Return the seconds that everything will take from scratch, from a probe of this machine."""
+        config = self.config
+        per_row = self.bench.seconds_per_row(self.rows(0)[config.tasks[0]][0][:8])
+        most = max(config.counts)
+        training = 4 * per_row * most * (config.epochs * config.train + 2 * FISHER_ROWS)
+        points = sum(count * (len(self.names) * len(config.scales) + 2) for count in config.counts)
+        return len(config.seeds) * (training + points * config.test * per_row)
+
+    def run(self) -> None:
+        """Run every stage that is missing, and write the report."""
+        config = self.config
+        found = [self._seed(seed) for seed in config.seeds]
+        # (T, method, scale) → task → (seeds, prompts)
+        keys = found[0].keys()
+        samples = {k: {t: np.stack([one[k][t] for one in found]) for t in found[0][k]} for k in keys}
+        rows = [self._row(count, name, samples) for count in config.counts for name in (BASE, *self.names)]
+        manifest = {
+            "experiment": "Experiment B: many experts",
+            "model": self.bench.model_key,
+            "config": asdict(config),
+            "versions": versions(),
+            "threads": torch.get_num_threads(),
+            "stages": self.bench.stages.records,
+        }
+        write_json({"manifest": manifest, "rows": rows}, self.out / "many_experts.json")
+        _draw(rows, config.counts, [BASE, *self.names]).savefig(self.out / "many_experts.png", dpi=150)
+        (self.out / "many_experts.md").write_text("\n".join(self._page(rows)) + "\n", encoding="utf-8")
+
+    def _seed(self, seed: int) -> dict[tuple[int, str, float], dict[str, Any]]:
+        config, bench = self.config, self.bench
+        tasks = config.tasks[: max(config.counts)]
+        rows = self.rows(seed)
+        folders = {
+            task: bench.train(task, rows[task][0], seed, epochs=config.epochs, learning_rate=config.learning_rate)
+            for task in tasks
+        }
+        tests = {task: rows[task][1] for task in tasks}
+        found: dict[tuple[int, str, float], dict[str, Any]] = {}
+        for count in config.counts:
+            some = {task: folders[task] for task in tasks[:count]}
+            adapters = bench.adapters(some)
+            space = CoreSpace.of(list(adapters.values()))
+            # RegMean and Fisher merging take each Fisher at its own expert; SST adds them, at one reference.
+            mean = "+".join(f"{1 / count!r}*{task}" for task in some)
+            own: dict[str, Fisher] = {}
+            common: dict[str, Fisher] = {}
+            for task in some:
+                learned = rows[task][0][:FISHER_ROWS]
+                own[task] = bench.own_fisher(task, learned, STATISTICS, space, some, seed)
+                common[task] = bench.own_fisher(task, learned, config.structure, space, some, seed, reference=mean)
+            measured = {task: tests[task] for task in some}
+            found[count, BASE, 0.0] = self._point("base", space.zero(), space, measured, {}, {})
+            found[count, EXPERTS, 1.0] = {
+                t: self._point(f"expert {t}", space.core(t), space, {t: tests[t]}, {t: some[t]}, {})[t] for t in some
+            }
+            for name in self.names:
+                for scale in config.scales:
+                    settings = {"method": name, "scale": scale, "seed": seed, "structure": config.structure}
+                    merged = _merged(name, scale, seed, adapters, space, own, common)
+                    found[count, name, scale] = self._point(name, merged, space, measured, some, settings)
+        return found
+
+    def _point(
+        self,
+        name: str,
+        merged: Tensor | Adapter,
+        space: CoreSpace,
+        tests: Mapping[str, list[Example]],
+        folders: Mapping[str, Path],
+        settings: dict[str, Any],
+    ) -> dict[str, Any]:
+        """Return whether each test example of each task is answered rightly, (prompts,)."""
+        bench = self.bench
+
+        def compute(folder: Path) -> None:
+            model = bench.model
+            state = adapter_state(model, merged) if isinstance(merged, Adapter) else core_state(model, space, merged)
+            correct = {}
+            with state():
+                for task, rows in tests.items():
+                    labels = CLASSIFICATION_TASKS[task].labels
+                    answered = classify(model, bench.tokenizer, rows, labels, tokens_per_batch=4096)
+                    correct[task] = [int(right) for right in answered.correct]
+            write_json(correct, folder / "correct.json")
+
+        inputs = {
+            "name": name,
+            "settings": settings,
+            "model": bench.model_key,
+            "adapters": stage_names(folders),
+            "test": {task: rows_key(rows) for task, rows in tests.items()},
+        }
+        folder = bench.stages.run("experts-point", inputs, compute)
+        return json.loads((folder / "correct.json").read_text(encoding="utf-8"))
+
+    def _row(self, count: int, name: str, samples: Mapping[Any, Mapping[str, Any]]) -> dict[str, Any]:
+        """Return a method's best scale and its normalised average accuracy, the scale chosen again in every resample."""
+        experts = samples[count, EXPERTS, 1.0]
+        scales = (0.0,) if name == BASE else self.config.scales
+        stacked = {t: np.stack([experts[t], *(samples[count, name, a][t] for a in scales)]) for t in experts}
+
+        def accuracies(arrays: Mapping[str, Any]) -> list[float]:
+            means = {task: values.mean(axis=(-2, -1)) for task, values in arrays.items()}
+            own = {task: float(mean[0]) for task, mean in means.items()}
+            return [
+                normalised_average_accuracy({t: float(m[i + 1]) for t, m in means.items()}, own)
+                for i in range(len(scales))
+            ]
+
+        def best_of(arrays: Mapping[str, Any]) -> float | None:
+            # An expert that is never right in a resample has no share to be taken of.
+            return max(accuracies(arrays)) if all(values[0].any() for values in arrays.values()) else None
+
+        if any(not values[0].any() for values in stacked.values()):
+            raise DataError(f"An expert of {sorted(stacked)} is never right on its own task; train it longer.")
+        interval = bootstrap(best_of, stacked, resamples=self.config.resamples)
+        by_scale = accuracies(stacked)
+        best = int(np.argmax(by_scale))
+        return {
+            "experts": count,
+            "method": name,
+            "best scale": scales[best],
+            "normalised average accuracy": interval.to_json(),
+            "by scale": dict(zip(map(str, scales), by_scale, strict=True)),
+            "by task": {task: float(values[best + 1].mean()) for task, values in stacked.items()},
+        }
+
+    def _page(self, rows: list[dict[str, Any]]) -> list[str]:
+        seeds = len(self.config.seeds)
+        over = "prompts only" if seeds == 1 else "prompts and seeds"
+        lines = [
+            "# Experiment B: many experts",
+            "",
+            f"Normalised average accuracy at each method's best scale, {seeds} {'seed' if seeds == 1 else 'seeds'}; 95 % "
+            f"intervals over {over}. The scale is chosen on the test examples themselves, for every method alike, so the "
+            "level is a little too high.",
+            "",
+            "![Normalised average accuracy against the number of experts](many_experts.png)",
+            "",
+            "| method | " + " | ".join(f"{count} experts (scale)" for count in self.config.counts) + " |",
+            "|---|" + "---|" * len(self.config.counts),
+        ]
+        for name in (BASE, *self.names):
+            cells = [
+                f"{Interval(**row['normalised average accuracy'])} ({row['best scale']:g})"
+                for row in rows
+                if row["method"] == name
+            ]
+            lines.append(f"| {name} | " + " | ".join(cells) + " |")
+        return lines
+
+
+def _merged(
+    name: str,
+    scale: float,
+    seed: int,
+    adapters: Mapping[str, Adapter],
+    space: CoreSpace,
+    own: Mapping[str, Fisher],
+    common: Mapping[str, Fisher],
+) -> Tensor | Adapter:
+    if name == SST:
+        experts = {task: space.core(task) for task in adapters}
+        return merge_experts(common, experts, scales=dict.fromkeys(adapters, scale))[0]
+    needs = available_methods()[name].needs
+    return merge_adapters(
+        list(adapters.values()),
+        [scale] * len(adapters),
+        name,
+        statistics=FisherStatistics(own) if needs else None,
+        dtype=torch.float32,
+        seed=seed,
+    )
+
+
+def _short(examples: list[Example]) -> list[Example]:
+    return [example for example in examples if len(example.prompt) <= LONGEST_PROMPT]
+
+
+def _draw(rows: list[dict[str, Any]], counts: tuple[int, ...], names: list[str]) -> Figure:
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    axis = figure.subplots()
+    for name in names:
+        values = [row["normalised average accuracy"]["estimate"] for row in rows if row["method"] == name]
+        axis.plot(counts, values, "-" if name == SST else "--", marker="o", label=name)
+    axis.set(xlabel="experts merged", ylabel="normalised average accuracy", xticks=counts)
+    axis.grid(alpha=0.3)
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside right center", fontsize=7)
+    return figure
+
+
+def main() -> None:
+    """Run the experiment from the command line."""
+    arguments = common_arguments(__doc__).parse_args()
+    config = QUICK if arguments.quick else Config()
+    if arguments.seeds:
+        config = replace(config, seeds=tuple(arguments.seeds))
+    say = stopwatch()
+
+    def run() -> None:
+        bench = Workbench(arguments.model, arguments.data, arguments.out, say)
+        experiment = ManyExperts(bench, arguments.data, arguments.out, config)
+        say(f"From scratch this takes about {experiment.estimate() / 60:.0f} minutes on this machine.")
+        if not arguments.estimate_only:
+            experiment.run()
+            say(f"Wrote {arguments.out / 'many_experts.md'}")
+
+    in_words(run)
+
+
+if __name__ == "__main__":
+    main()
