@@ -36,6 +36,7 @@ SCALING = ("Llama-3.2-1B", "Llama-2-7B", "Llama-2-13B", "Llama-2-70B")
 SWEEP_MODEL = "Llama-3.2-1B"
 RANK, COUNT = 16, 2
 DENSE_TYPES = ("svd", "dare_linear_svd", "ties_svd")
+SCALED = "peft dare_linear_svd"
 
 
 def settings(arguments: argparse.Namespace) -> list[dict]:
@@ -97,21 +98,27 @@ def extrapolate(rows: list[dict]) -> None:
         return sum(m * n * min(m, n) for m, n in block)
 
     reference = [row for row in rows if (row["rank"], row["adapters"]) == (RANK, COUNT)]
-    for kind in DENSE_TYPES:
-        name = f"peft {kind}"
-        measured = [row for row in reference if name in row["methods"]]
-        if not measured:
-            continue
-        source = max(measured, key=lambda row: work(row["model"]))
+    measured = [row for row in reference if SCALED in row["methods"]]
+    if not measured:
+        return
+    source = max(measured, key=lambda row: work(row["model"]))
+    for row in reference:
+        if row not in measured:
+            blocks = SHAPES[row["model"]].blocks / SHAPES[source["model"]].blocks
+            factor = blocks * work(row["model"]) / work(source["model"])
+            words = f"one block of {source['model']}, by m n min(m, n) and the number of blocks"
+            row["methods"][SCALED] = _scaled(source["methods"][SCALED], factor, words)
+    for name in (f"peft {kind}" for kind in DENSE_TYPES if f"peft {kind}" != SCALED):
+        own = [row for row in reference if name in row["methods"]]
         for row in reference:
-            if name not in row["methods"]:
-                blocks = SHAPES[row["model"]].blocks / SHAPES[source["model"]].blocks
-                factor = blocks * work(row["model"]) / work(source["model"])
-                row["methods"][name] = {
-                    "cpu_s": factor * source["methods"][name]["cpu_s"],
-                    "wall_s": factor * source["methods"][name]["wall_s"],
-                    "extrapolated": f"one block of {source['model']}, by m n min(m, n) and the number of blocks",
-                }
+            if own and row not in own:
+                factor = row["methods"][SCALED]["cpu_s"] / own[-1]["methods"][SCALED]["cpu_s"]
+                words = f"{SCALED} of this model, by their ratio at {own[-1]['model']}"
+                row["methods"][name] = _scaled(own[-1]["methods"][name], factor, words)
+
+
+def _scaled(result: dict, factor: float, words: str) -> dict:
+    return {"cpu_s": factor * result["cpu_s"], "wall_s": factor * result["wall_s"], "extrapolated": words}
 
 
 def main() -> None:
