@@ -7,13 +7,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from builders import random_adapter, random_batch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from valid_files import STRUCTURES, synthetic_adapter, synthetic_fisher
 
 from sstmerge.adapters import Adapter, CoreSpace, LoraFactors
-from sstmerge.errors import AdapterError, SSTMergeError
-from sstmerge.fisher import Fisher
+from sstmerge.errors import AdapterError, FisherError, SSTMergeError
+from sstmerge.fisher import Fisher, collect_fisher
 from sstmerge.gevp import solve
 from sstmerge.merging import Rule, Selection, merge_cores
 from sstmerge.pipeline.curve import draw_spectrum
@@ -205,3 +206,29 @@ def test_the_order_of_adapters_and_layers_changes_nothing(structure):
     adapters = [s.to_adapter(r.core, name="m") for s, r in zip((one, other), results, strict=True)]
     for path in utility.layers:
         assert close(adapters[1].layers[path].delta(), adapters[0].layers[path].delta(), 1e-5)
+
+
+# ---- gradients that overflow or underflow ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_gradients_that_overflow_are_named(pico_llama, dtype):
+    model = pico_llama()
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight.mul_(1e38 if dtype is torch.bfloat16 else 1e4)
+        model.model.layers[1].mlp.down_proj.weight.mul_(1e3)
+    space = CoreSpace.of([random_adapter(model)])
+    with pytest.raises(FisherError, match=r"not finite|overflow"):
+        collect_fisher(model.to(dtype), [random_batch([6, 7])], space, structure="kfac")
+
+
+def test_small_gradients_survive_float16(pico_llama):
+    """Scores of weights of size 1e-6 lie below float16's smallest number without the loss's scale."""
+    batch, fishers = random_batch([6, 7, 8]), []
+    for dtype in (torch.float32, torch.float16):
+        model = pico_llama()
+        space = CoreSpace.of([random_adapter(model)])
+        with torch.no_grad():
+            model.lm_head.weight.mul_(1e-3)
+        fishers.append(collect_fisher(model.to(dtype), [batch], space, structure="diagonal").diagonal())
+    assert close(fishers[1], fishers[0], 0.1)
