@@ -65,10 +65,16 @@ def plot(content: dict, path: Path) -> None:
             "marker": "o",
         }
         left.plot([size for size, _ in points], [result["cpu_s"] for _, result in points], label=name, **style)
-    left.set(xscale="log", yscale="log", xlabel="parameters of one adapter", ylabel="processor seconds of a merge")
+    left.set(
+        ylim=(0.05, None),
+        xscale="log",
+        yscale="log",
+        xlabel="parameters of one adapter",
+        ylabel="processor seconds of a merge",
+    )
     left.set_title(f"r = 16, two adapters, {content['threads']} threads (dotted: from one block)")
     left.grid(alpha=0.3)
-    left.legend(fontsize=8)
+    left.legend(fontsize=8, loc="upper left")
     bars = [(row, name) for row in rows for name in row["methods"] if name.startswith("sst")]
     base = [0.0] * len(bars)
     for step in STEPS:
