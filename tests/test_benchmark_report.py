@@ -23,7 +23,7 @@ MACHINE = {"device": "a processor", "cpu_count": 2}
 @pytest.mark.parametrize(
     ("calibration", "ours", "rival", "merges"), [(100, 1, 11, 10), (101, 1, 11, 11), (5, 1, 100, 1), (5, 1, 1, None)]
 )
-def test_report.break_even(calibration, ours, rival, merges):
+def test_break_even(calibration, ours, rival, merges):
     assert report.break_even(calibration, ours, rival) == merges
 
 
