@@ -19,7 +19,7 @@ from __future__ import annotations
 import functools
 import math
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -64,7 +64,7 @@ class Look:
         tokens: Response tokens seen, likewise.
         kl: The predicted KL divergence on benign data, nats per response token, with its interval; of a single Fisher that
             of the adapter whose interval is relatively the widest.
-        step_error: Relative standard error of the selected step, in the cost metric; None of a single Fisher.
+        step_error: Relative standard error of the selected step; None of a single Fisher.
         converged: Whether this is enough.
     """
 
@@ -181,19 +181,18 @@ def single_look(groups: Groups, number: int, tolerance: float) -> Look:
     return Look(number, (groups.sequences,), (groups.tokens,), widest, None, widest.relative <= tolerance)
 
 
-def jackknife_error(vectors: Sequence[Tensor], quadratic: Callable[[Tensor], float]) -> float:
-    """Return the standard error of a vector relative to its size, from its estimates without each group.
+def jackknife_error(vectors: Sequence[Tensor]) -> float:
+    """Return the standard error of a vector relative to its size, both Euclidean, from its estimates without each group.
 
     Args:
         vectors: The estimates, each (D,).
-        quadratic: The squared norm in which size and error are measured.
     """
-    count = len(vectors)
-    mean = torch.stack(list(vectors)).mean(dim=0)
-    size = quadratic(mean)
-    if count < FEWEST_GROUPS or not size > 0:
+    stacked = torch.stack(list(vectors))
+    mean = stacked.mean(dim=0)
+    size = float(mean.norm())
+    if len(stacked) < FEWEST_GROUPS or not size > 0:
         return math.inf
-    return math.sqrt((count - 1) / count * sum(quadratic(vector - mean) for vector in vectors) / size)
+    return math.sqrt((len(stacked) - 1) / len(stacked)) * float((stacked - mean).norm()) / size
 
 
 def random_chunks(batches: Sequence[Batch], size: int, most: int | None, seed: int) -> list[list[int]]:

@@ -26,9 +26,10 @@ def pair_look(
 
     The merge is made again without each group of the data in turn. Its predicted KL, ½ ΔᵀF_costΔ, is measured on the
     group that was left out, so that it is not flattered by having been minimised on the same data; its spread over the
-    groups gives the interval. How far the steps differ from each other, in the cost metric and with the jackknife's factor,
-    is the standard error of the step. The step is the safety adapter's projection on the selected subspace, so directions
-    that matter to the merge count as much as they move it, and the choice among others, which is noise, does not.
+    groups gives the interval. How far the steps Δ differ from each other, with the jackknife's factor, is the standard error
+    of the step, relative to its size; both are Frobenius norms of weight changes, because F_cost is nearly zero along
+    directions that were chosen for that. The step is the safety adapter's projection on the selected subspace, so that
+    directions count as much as they move the merge, and the choice among others, which is noise, does not.
 
     Args:
         gain: Groups of F_gain.
@@ -56,5 +57,5 @@ def pair_look(
     weights = [part.tokens for part in cost.parts]
     totals = [0.5 * part.quadratic(change) * part.tokens for part, change in zip(cost.parts, steps, strict=False)]
     kl = ratio_interval(totals, weights, number)
-    error = jackknife_error(steps, whole.quadratic)
+    error = jackknife_error(steps)
     return Look(number, *seen, kl, error, kl.relative <= tolerance and error <= tolerance)
