@@ -181,7 +181,7 @@ def activation_gradients(work: Workload, *, peft: bool) -> Callable[[], None]:
 
 
 def activation_gradients_of_responses(work: Workload) -> Callable[[], None]:
-    """The same with this package's chunked head, and a backward pass that ends in the first block: collecting without taps."""
+    """The same with this package's chunked head, and a backward pass that ends in the first block: no taps."""
     model, head = work.model, Head(work.model)
 
     def run() -> None:
