@@ -38,10 +38,10 @@ template <typename Scalar>
 void generalized_eigh(std::uintptr_t a, std::int64_t a_batch_stride, std::int64_t a_row_stride, std::uintptr_t b,
                       std::int64_t b_batch_stride, std::int64_t b_row_stride, std::uintptr_t eigenvalues,
                       std::uintptr_t eigenvectors, std::uintptr_t status, std::int64_t batch, int n, int num_threads) {
-    require(n >= 1 && batch >= 0 && num_threads >= 1, "n and num_threads must be at least 1, and batch at least 0");
+    require(n >= 0 && batch >= 0 && num_threads >= 1, "n and batch must be at least 0, and num_threads at least 1");
     require(a_batch_stride >= 0 && b_batch_stride >= 0, "the stride between matrices must not be negative");
-    require(n == 1 || (a_row_stride >= n && b_row_stride >= n), "the stride between rows must be at least n");
-    require(batch == 0 || (a && b && eigenvalues && eigenvectors && status), "an address is null");
+    require(n <= 1 || (a_row_stride >= n && b_row_stride >= n), "the stride between rows must be at least n");
+    require(batch == 0 || n == 0 || (a && b && eigenvalues && eigenvectors && status), "an address is null");
     sstmerge::generalized_eigh<Scalar>({reinterpret_cast<const Scalar*>(a), a_batch_stride, a_row_stride},
                                        {reinterpret_cast<const Scalar*>(b), b_batch_stride, b_row_stride},
                                        reinterpret_cast<Scalar*>(eigenvalues),

@@ -48,7 +48,7 @@ EIGEN_SPOILED = {
     **{f"{name}_batch_stride": [-1, -N, *NOT_A_NUMBER, 2**63] for name in "ab"},
     **{f"{name}_row_stride": [0, N - 1, -N, *NOT_A_NUMBER, 2**63] for name in "ab"},
     "batch": [-1, -(2**63), *NOT_A_NUMBER, 2**63],
-    "n": [*NOT_POSITIVE, *NOT_A_NUMBER, *TOO_LARGE, 2**31 - 1],
+    "n": [-1, -(2**31), *NOT_A_NUMBER, *TOO_LARGE, 2**31 - 1],
     "num_threads": [*NOT_POSITIVE, *NOT_A_NUMBER, *TOO_LARGE],
 }
 
