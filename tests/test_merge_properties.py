@@ -188,10 +188,11 @@ def twice(batch):
 @pytest.mark.parametrize("structure", ["diagonal", "kfac", "block", "global"])
 def test_equal_halves_are_perfectly_stable(model, space, structure):
     gain, cost = (collect_fisher(model, [twice(b)], space, structure=structure) for b in (HARM, BENIGN))
-    stability = split_half_stability(gain, cost, space.core(SAFETY), directions=4)
+    stability = split_half_stability(solve(gain, cost), space.core(SAFETY), directions=4)
     assert stability.directions == 4
     assert stability.subspace_overlap == pytest.approx(1.0, abs=1e-6)
     assert stability.held_out_gain == pytest.approx(stability.in_sample_gain, rel=1e-6)
+    assert stability.held_out_kl == pytest.approx(stability.in_sample_kl, rel=1e-6)
     assert stability.chance_overlap == pytest.approx(4 / space.size)
     assert stability.to_dict()["directions"] == 4
 
@@ -216,7 +217,24 @@ def test_random_scores_are_as_unstable_as_chance(space, spectra, structure):
     found = []
     for _ in range(6):
         gain, cost = noise(spectra[structure].gain, 12), noise(spectra[structure].cost, 400)
-        found.append(split_half_stability(gain, cost, space.core(SAFETY), directions=4))
+        found.append(split_half_stability(solve(gain, cost), space.core(SAFETY), directions=4))
     overlap = sum(stability.subspace_overlap for stability in found) / len(found)
     assert 0.3 < overlap / found[0].chance_overlap < 3.0
     assert all(stability.held_out_gain < stability.in_sample_gain for stability in found)
+
+
+def test_the_kl_of_a_half_s_step_is_measured_on_the_other(spectra, space):
+    """By hand, for one direction: the step is v (vᵀ F_cost φ) of one half, its KL ½ stepᵀ F step of the other."""
+    whole = spectra["block"]
+    stability = split_half_stability(whole, space.core(SAFETY), directions=1)
+    own, other = [], []
+    for h in (0, 1):
+        half = solve(whole.gain.half(h), whole.cost.half(h), damping=whole.damping)
+        best = torch.zeros_like(half.eigenvalues)
+        best[int(half.eigenvalues.argmax())] = 1.0
+        step = half.combine(best * half.coordinates(space.core(SAFETY)))
+        own.append(0.5 * whole.cost.half(h).quadratic(step))
+        other.append(0.5 * whole.cost.half(1 - h).quadratic(step))
+    assert stability.in_sample_kl == pytest.approx(sum(own) / 2, rel=1e-9)
+    assert stability.held_out_kl == pytest.approx(sum(other) / 2, rel=1e-9)
+    assert stability.held_out_kl > stability.in_sample_kl

@@ -345,6 +345,10 @@ def report_table(result: Any) -> Table:
             f"(chance {stability.chance_overlap:.3f}); held-out gain {stability.held_out_gain:.1%}, "
             f"in-sample {stability.in_sample_gain:.1%}; held-out cost {stability.held_out_cost:.1%}",
         )
+        table.add_row(
+            "benign KL of a half's step",
+            f"{stability.held_out_kl:.2g} nats/token on the other half, {stability.in_sample_kl:.2g} on its own",
+        )
     table.add_row("rank of the result", str(next(iter(result.adapter.layers.values())).rank))
     return table
 

@@ -355,13 +355,8 @@ def finish(
     adapter = roles.space.to_adapter(merged.core, name="merged", rank=rank)
     agreement = None
     if stability:
-        agreement = split_half_stability(
-            spectrum.gain,
-            spectrum.cost,
-            spectrum.space.embed(roles.safety, roles.space) if spectrum.space is not roles.space else roles.safety,
-            directions=merged.report.directions,
-            damping=spectrum.damping,
-        )
+        safety = roles.safety if spectrum.space is roles.space else spectrum.space.embed(roles.safety, roles.space)
+        agreement = split_half_stability(spectrum, safety, directions=merged.report.directions)
     return MergeResult(adapter, merged, spectrum.gain, spectrum.cost, spectrum, agreement)
 
 
