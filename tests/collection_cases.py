@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from builders import random_adapter, random_batch
-from conftest import build_llama
+from pico_models import build_llama
 
 from sstmerge.adapters import CoreSpace
 from sstmerge.cli import main

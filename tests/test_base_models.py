@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from builders import VOCABULARY, random_adapter, random_batch
-from conftest import TOKEN_IDS, draw_weights
 from peft import LoraConfig, get_peft_model
+from pico_models import TOKEN_IDS, draw_weights
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,

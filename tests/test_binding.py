@@ -141,7 +141,7 @@ def test_several_spoiled_arguments_are_refused(data):
     assert (written(tensors) == UNTOUCHED).all()
 
 
-@pytest.mark.parametrize("library", [-1, 0, 99, 2**31, None])
+@pytest.mark.parametrize("library", [-1, 99, 2**31, None])
 def test_cusolver_refuses_a_library_that_was_not_opened(library):
     with pytest.raises((ValueError, TypeError)):
         extension.cusolver_path(library=library)

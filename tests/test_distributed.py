@@ -79,9 +79,12 @@ def test_an_error_in_one_process_stops_all_and_is_told_once(tmp_path):
 
 def test_processes_with_different_work_refuse_it(tmp_path):
     outcomes = together(tmp_path, 2, collect_other_work, "diagonal")
-    assert sum(not o["reported"] for o in outcomes) == 1
-    for outcome in outcomes:
-        assert "Process 1 was given other work than process 0: seed differ" in outcome["message"]
+    (told,) = (outcome for outcome in outcomes if not outcome["reported"])
+    (other,) = (outcome for outcome in outcomes if outcome["reported"])
+    words = "Process 1 was given other work than process 0: seed differ"
+    assert words in told["message"]
+    # The other one finds the same, unless it first hears that its neighbour has.
+    assert words in other["message"] or other["message"] == "Another process failed."
 
 
 def test_a_process_group_must_be_there():

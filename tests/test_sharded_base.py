@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed
 from builders import random_adapter, random_batch
-from conftest import build_llama
+from pico_models import build_llama
 
 from sstmerge.adapters import CoreSpace
 from sstmerge.errors import InputError

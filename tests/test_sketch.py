@@ -337,7 +337,7 @@ def test_a_signal_ends_with_the_batch_and_saves_it(pico_llama, tmp_path):
 KILLED = """
 import os, signal, sys
 sys.path.insert(0, sys.argv[1])
-from conftest import build_llama
+from pico_models import build_llama
 from test_sketch import BATCHES
 from sstmerge import collect_sketch
 
