@@ -85,6 +85,28 @@ def test_a_command_that_cannot_fit_ends_before_it_loads_anything(valid, tmp_path
     assert run_command(*map(str, arguments), "--ignore-memory")[0] == 0
 
 
+@pytest.mark.parametrize(
+    ("command", "prompts"),
+    [
+        ("evaluate", ["--harmful", "harm.jsonl"]),
+        ("check", ["--harm", "harm.jsonl", "--benign", "benign.jsonl"]),
+        ("merge", ["--harm", "harm.jsonl", "--benign", "benign.jsonl", "--module-share", "0.5"]),
+        ("sketch", ["--data", "harm.jsonl", "--labels", "data"]),
+    ],
+)
+def test_a_model_that_cannot_fit_is_not_loaded(job, command, prompts, tmp_path, monkeypatch):
+    monkeypatch.setattr("sstmerge.pipeline.process_memory._meminfo_available", lambda: 100.0)
+    monkeypatch.setattr("sstmerge.pipeline.models.load_model", lambda *_, **__: pytest.fail("the model was loaded"))
+    arguments = ["--base", job["base"], *(job.get(word, word) for word in prompts), "--out", str(tmp_path / "out")]
+    if command in ("check", "merge"):
+        arguments += ["--utility", job["utility"], "--safety", job["safety"]]
+    code, err = run_command(command, *arguments)
+    assert code == 2
+    assert "base model" in err
+    assert "--ignore-memory" in err
+    assert not (tmp_path / "out").exists()
+
+
 def test_this_process_can_be_measured():
     assert 10 * PAGES < resident_bytes() <= peak_bytes() * 1.1
     held = torch.ones(64 * PAGES // 4)

@@ -65,9 +65,9 @@ def evaluate(
         reference is not None and reference not in {BASE, *adapters},
         f"--reference '{reference}' is neither '{BASE}' nor one of the adapters {sorted(adapters)}.",
     )
-    model, tokenizer = load_model(base, dtype=dtype, device=device, quantization=quantization), load_tokenizer(base)
-    states = {name: adapter_state(model, a) for name, a in {BASE: None, **adapters}.items()}
     with recorded(context, out), progress_bars() as progress:
+        model, tokenizer = load_model(base, dtype=dtype, device=device, quantization=quantization), load_tokenizer(base)
+        states = {name: adapter_state(model, a) for name, a in {BASE: None, **adapters}.items()}
         evaluations = evaluate_states(
             model,
             tokenizer,
@@ -116,9 +116,9 @@ def check(
 
     named = {adapter.name: adapter for adapter in load_named(utility or [], safety)}
     sets = load_all(harm, split=split, limit=limit), load_all(benign, split=split, limit=limit)
-    model, tokenizer = load_model(base, dtype=dtype, device=device, quantization=quantization), load_tokenizer(base)
     done, total = 0, len(named) * sum(map(len, sets))
     with recorded(context, out), progress_bars() as progress:
+        model, tokenizer = load_model(base, dtype=dtype, device=device, quantization=quantization), load_tokenizer(base)
 
         def advance(count: int) -> None:
             nonlocal done

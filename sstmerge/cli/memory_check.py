@@ -30,22 +30,20 @@ def check_memory(context: typer.Context) -> None:
     given = context.params
     adapters = [*(given.get("utility") or []), *([given["safety"]] if given.get("safety") else [])]
     adapters += [text.partition("=")[2] or text for text in given.get("adapter") or []]
-    from sstmerge.pipeline.memory_estimate import estimate_collection, estimate_solving
+    from sstmerge.pipeline.memory_estimate import estimate_collection, estimate_model, estimate_solving
     from sstmerge.pipeline.process_memory import available_bytes
 
     if given.get("gain") and given.get("cost"):
         estimate = estimate_solving([given["gain"], given["cost"]], adapters)
-    elif given.get("base") and given.get("structure") and given.get("module_share") is None:
-        estimate = estimate_collection(
-            given["base"],
-            adapters,
-            given["structure"],
-            rows=_rows(given),
-            fishers=1 if given.get("data") else 2,
-            dtype=given["dtype"],
-            device=given["device"],
-            quantization=given["quantization"],
-        )
+    elif given.get("base"):
+        loading = {name: given[name] for name in ("dtype", "device", "quantization") if name in given}
+        if given.get("structure") and given.get("module_share") is None:
+            fishers = 1 if given.get("data") else 2
+            estimate = estimate_collection(
+                given["base"], adapters, given["structure"], rows=_rows(given), fishers=fishers, **loading
+            )
+        else:
+            estimate = estimate_model(given["base"], adapters, **loading)
     else:
         return
     estimate.refuse_if_too_large(available_bytes(), ignore=bool(context.meta.get(_IGNORED)))

@@ -72,9 +72,9 @@ class Estimate:
             return
         parts = ", ".join(f"{name} {_size(size)}" for name, size in sorted(self.parts.items(), key=lambda p: -p[1]))
         raise InputError(
-            f"This run needs about {_size(self.total)} of memory ({parts}), but {_size(available)} are free. Choose a "
-            "smaller --structure (kfac), fewer rows (--limit), fewer --tokens-per-batch or --module-share; or go on anyway "
-            "with --ignore-memory."
+            f"This run needs about {_size(self.total)} of memory ({parts}), but {_size(available)} are free. Load the "
+            "model in a smaller --dtype or with --quantization, or collect less (--structure kfac, --limit, "
+            "--module-share); or go on anyway with --ignore-memory."
         )
 
 
@@ -173,10 +173,34 @@ def estimate_collection(
         The estimate.
     """
     kind, layers = parse_structure(structure), read_layers(adapters)
-    statistics = statistics_bytes(kind, layers, rows) * (1 if kind is Structure.GLOBAL else fishers)
-    parts = {**space_bytes(layers), "Fishers": statistics}
+    estimate = estimate_model(base, adapters, dtype=dtype, device=device, quantization=quantization)
+    estimate.parts["Fishers"] = statistics_bytes(kind, layers, rows) * (1 if kind is Structure.GLOBAL else fishers)
     if fishers > 1:
-        parts["solving"] = solving_bytes(kind, layers)
+        estimate.parts["solving"] = solving_bytes(kind, layers)
+    return estimate
+
+
+def estimate_model(
+    base: str,
+    adapters: Sequence[str],
+    *,
+    dtype: str = "auto",
+    device: str | None = None,
+    quantization: str | None = None,
+) -> Estimate:
+    """Estimate a run that loads a model and adapters, and collects what its options do not tell in advance, or nothing.
+
+    Args:
+        base: Base model: directory or hub id.
+        adapters: Adapter directories.
+        dtype: As in `load_model`.
+        device: As in `load_model`; the weights are counted where they lie on the CPU.
+        quantization: As in `load_model`.
+
+    Returns:
+        The estimate.
+    """
+    parts = space_bytes(read_layers(adapters))
     if (device or str(default_device())).startswith("cpu"):
         parts["base model"] = model_bytes(base, dtype=dtype, quantization=quantization)
     return Estimate(parts)
