@@ -7,6 +7,7 @@ import torch
 
 from sstmerge.errors import DataError, InputError
 from sstmerge.evaluation.generate import evaluating, generate
+from sstmerge.evaluation.shared_prefix import share_prefix
 from sstmerge.prompts import Example, prompt_tokens
 
 PROMPTS = ["Hi", "What is the sum of 12 and 30?", "x", "Tell me a story about a horse.", "Why?", "y" * 60, "Ok then"]
@@ -92,3 +93,33 @@ def test_bad_input(pico_llama, pico_tokenizer):
     with pytest.raises(InputError, match="at least 1"):
         generate(model, tokenizer, examples(), max_new_tokens=0)
     assert generate(model, tokenizer, [], max_new_tokens=4) == []
+
+
+@pytest.mark.parametrize("architecture", ["pico_llama", "pico_gpt2"])
+def test_a_shared_beginning_changes_no_answer_and_is_computed_once(architecture, pico_tokenizer, request):
+    model, tokenizer = request.getfixturevalue(architecture)(), pico_tokenizer()
+    alike = examples([f"Answer shortly: {prompt}" for prompt in PROMPTS])
+    expected = [greedy_by_hand(model, tokenizer, example, 8) for example in alike]
+    lengths: list[int] = []
+    watch = model.register_forward_pre_hook(
+        lambda _module, _inputs, arguments: lengths.append(arguments["input_ids"].shape[1]), with_kwargs=True
+    )
+    assert generate(model, tokenizer, alike, max_new_tokens=8, batch_size=3) == expected
+    watch.remove()
+    shortest, longest = (pick(len(prompt_tokens(one, tokenizer)) for one in alike) for pick in (min, max))
+    shared = lengths[0]
+    assert 8 <= shared < shortest
+    assert max(lengths[1:]) == longest - shared
+
+
+def test_a_sliding_window_shares_nothing(pico_llama):
+    from transformers import MistralConfig, MistralForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+    model = MistralForCausalLM(
+        MistralConfig(**sizes, num_attention_heads=2, num_key_value_heads=1, sliding_window=4)
+    ).eval()
+    prompts = [[*range(10, 20), 1], [*range(10, 20), 2]]
+    assert share_prefix(model, prompts, torch.device("cpu")).tokens == ()
+    assert share_prefix(pico_llama().eval(), prompts, torch.device("cpu")).tokens == tuple(range(10, 20))

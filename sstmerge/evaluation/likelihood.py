@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from sstmerge.errors import DataError, InputError
-from sstmerge.evaluation.generate import evaluating
+from sstmerge.evaluation.generate import evaluating, padded_after
+from sstmerge.evaluation.shared_prefix import SharedPrefix, share_prefix
 from sstmerge.fisher.placement import input_device
 from sstmerge.prompts import Example, prompt_tokens
 
@@ -31,7 +32,7 @@ def continuation_log_likelihoods(
     """Return log p(continuation | context) of every pair, in nats.
 
     Continuations of one token share a single forward pass of their context, so labels of one token cost no more than
-    one label. Batches are padded on the left, and the positions are counted without the padding.
+    one label, and what all contexts begin with is computed once. Positions are counted without the padding.
 
     Args:
         model: A causal language model, or a PEFT model around one.
@@ -55,9 +56,10 @@ def continuation_log_likelihoods(
     found = [0.0] * len(pairs)
     device = input_device(model)
     with evaluating(model):
+        prefix = share_prefix(model, list({tuple(context) for context, _ in pairs}), device)
         for group in _groups(sorted(wanted, key=len, reverse=True), tokens_per_batch):
             longest = max(len(pairs[number][1]) for sequence in group for number in wanted[sequence])
-            log_probability = _last_log_probabilities(model, group, longest, device)
+            log_probability = _last_log_probabilities(model, group, prefix, longest, device)
             for row, sequence in enumerate(group):
                 for number in wanted[sequence]:
                     labels = torch.tensor(list(pairs[number][1]), device=device)
@@ -78,25 +80,21 @@ def _groups(sequences: Sequence[tuple[int, ...]], tokens_per_batch: int) -> Iter
 
 
 def _last_log_probabilities(
-    model: PreTrainedModel, sequences: Sequence[Sequence[int]], count: int, device: torch.device
+    model: PreTrainedModel, sequences: Sequence[Sequence[int]], prefix: SharedPrefix, count: int, device: torch.device
 ) -> Tensor:
     """Return log-probabilities after each of the last `count` tokens, (B, count, vocabulary) float32."""
-    width = len(sequences[0])
-    input_ids = torch.zeros((len(sequences), width), dtype=torch.int64)
-    attention_mask = torch.zeros_like(input_ids)
-    for row, sequence in enumerate(sequences):
-        input_ids[row, width - len(sequence) :] = torch.tensor(list(sequence))
-        attention_mask[row, width - len(sequence) :] = 1
+    input_ids, attention_mask = padded_after(prefix.tokens, sequences, 0, device)
     arguments: dict[str, Any] = {"use_cache": False}
+    if prefix.cache is not None:
+        arguments = {"use_cache": True, "past_key_values": prefix.repeated(len(sequences))}
+    start = len(prefix.tokens)
     accepted = _forward_arguments(model)
     if "position_ids" in accepted:
-        arguments["position_ids"] = (attention_mask.cumsum(dim=1) - 1).clamp_min(0).to(device)
+        arguments["position_ids"] = (attention_mask.cumsum(dim=1) - 1).clamp_min(0)[:, start:]
     if "logits_to_keep" in accepted:
         arguments["logits_to_keep"] = count
-    logits: Tensor = model(
-        input_ids=input_ids.to(device), attention_mask=attention_mask.to(device), **arguments
-    ).logits[:, -count:]
-    return logits.float().log_softmax(dim=-1)
+    logits: Tensor = model(input_ids=input_ids[:, start:], attention_mask=attention_mask, **arguments).logits
+    return logits[:, -count:].float().log_softmax(dim=-1)
 
 
 def _forward_arguments(model: Any) -> set[str]:

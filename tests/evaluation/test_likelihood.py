@@ -35,6 +35,14 @@ def test_padding_and_batches_change_nothing(request, kind, tokens_per_batch):
     assert found == pytest.approx([alone(model, *pair) for pair in PAIRS], abs=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["pico_llama", "pico_gpt2"])
+def test_contexts_that_begin_alike(request, kind):
+    model = request.getfixturevalue(kind)()
+    alike = [([*range(20, 32), *context], continuation) for context, continuation in PAIRS]
+    found = continuation_log_likelihoods(model, alike, tokens_per_batch=40)
+    assert found == pytest.approx([alone(model, *pair) for pair in alike], abs=1e-5)
+
+
 def test_a_peft_model_counts_with_its_adapter(pico_llama):
     torch.manual_seed(0)
     model = get_peft_model(pico_llama(), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
