@@ -80,8 +80,14 @@ class Workload:
 
 
 def random_workload(name: str, batches: int) -> Workload:
-    """Return a random Llama with two random adapters and full batches of 8 x 128 random tokens."""
-    hidden, intermediate, layers = RANDOM_MODELS[name]
+    """Return one of `RANDOM_MODELS` with two random adapters and full batches of 8 x 128 random tokens."""
+    return sized_workload(name, *RANDOM_MODELS[name], batches=batches)
+
+
+def sized_workload(
+    name: str, hidden: int, intermediate: int, layers: int, *, batches: int, rank: int = RANK, adapters: int = 2
+) -> Workload:
+    """Return a random Llama of these sizes with random adapters and full batches of 8 x 128 random tokens."""
 
     def load() -> nn.Module:
         torch.manual_seed(0)
@@ -97,9 +103,8 @@ def random_workload(name: str, batches: int) -> Workload:
             )
         )
 
-    return Workload(
-        name, load, [_random_adapter(n, hidden, intermediate, layers, s) for s, n in enumerate("ab")], _full(batches)
-    )
+    named = [_random_adapter(f"a{i}", hidden, intermediate, layers, rank, seed=i) for i in range(adapters)]
+    return Workload(name, load, named, _full(batches))
 
 
 def demo_workload(base: str, limit: int) -> Workload:
@@ -114,7 +119,7 @@ def demo_workload(base: str, limit: int) -> Workload:
     return Workload(Path(base).name, lambda: load_model(base), adapters, batches)
 
 
-def _random_adapter(name: str, hidden: int, intermediate: int, layers: int, seed: int) -> Adapter:
+def _random_adapter(name: str, hidden: int, intermediate: int, layers: int, rank: int, seed: int) -> Adapter:
     generator = torch.Generator().manual_seed(seed)
     shapes = dict.fromkeys(TARGETS[:4], (hidden, hidden)) | dict.fromkeys(TARGETS[4:6], (intermediate, hidden))
     shapes["down_proj"] = (hidden, intermediate)
@@ -122,8 +127,8 @@ def _random_adapter(name: str, hidden: int, intermediate: int, layers: int, seed
     for layer in range(layers):
         for target, (rows, columns) in shapes.items():
             block = "self_attn" if target in TARGETS[:4] else "mlp"
-            A = 0.02 * torch.randn(RANK, columns, generator=generator)
-            B = 0.02 * torch.randn(rows, RANK, generator=generator)
+            A = 0.02 * torch.randn(rank, columns, generator=generator)
+            B = 0.02 * torch.randn(rows, rank, generator=generator)
             factors[f"model.layers.{layer}.{block}.{target}"] = LoraFactors(A, B, 1.0)
     return Adapter(name, factors)
 

@@ -156,6 +156,13 @@ def measure(case: Case, device: torch.device, *, repetitions: int, seconds: floa
     return result
 
 
+def slope(points: list[tuple[float, float]]) -> float:
+    """Return the least-squares slope of log y over log x."""
+    xs, ys = [math.log(x) for x, _ in points], [math.log(y) for _, y in points]
+    mean_x, mean_y = sum(xs) / len(xs), sum(ys) / len(ys)
+    return sum((x - mean_x) * (y - mean_y) for x, y in zip(xs, ys, strict=True)) / sum((x - mean_x) ** 2 for x in xs)
+
+
 def copy_of(traffic: int, device: torch.device) -> Call:
     """Return a copy that reads and writes `traffic` bytes in all."""
     source = torch.ones(max(traffic // 8, 1), dtype=torch.float32, device=device)

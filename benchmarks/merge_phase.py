@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import subprocess
 import sys
@@ -65,27 +64,33 @@ def in_child(script: str, argument: str, threads: int) -> dict:
     return json.loads(finished.stdout.splitlines()[-1])
 
 
-def slope(points: list[tuple[float, float]]) -> float:
-    """Return the least-squares slope of log y over log x."""
-    xs, ys = [math.log(x) for x, _ in points], [math.log(y) for _, y in points]
-    mean_x, mean_y = sum(xs) / len(xs), sum(ys) / len(ys)
-    return sum((x - mean_x) * (y - mean_y) for x, y in zip(xs, ys, strict=True)) / sum((x - mean_x) ** 2 for x in xs)
+def slopes(rows: list[dict]) -> dict[str, dict[str, dict[str, float]]]:
+    """Return log-log slopes by axis, by method (and by step of ours), and by clock.
 
+    The axes are the LoRA parameters from 1B to 70B shapes, and rank and number of adapters at one model.
+    """
+    from measuring import slope
 
-def slopes(rows: list[dict]) -> dict[str, dict[str, float]]:
-    """Return the slope over LoRA parameters from 1B to 70B shapes, by method, and by step of ours, and clock."""
+    def axis(chosen: list[dict], size: str) -> dict[str, dict[str, float]]:
+        timed: dict[str, list[tuple[int, dict]]] = {}
+        for row in chosen:
+            for method, result in row["methods"].items():
+                if "extrapolated" not in result:
+                    timed.setdefault(method, []).append((row[size], result))
+                    for step, times in result.get("steps", {}).items():
+                        timed.setdefault(f"{method}, {step}", []).append((row[size], times))
+        return {
+            name: {clock: slope([(x, times[clock]) for x, times in points]) for clock in ("cpu_s", "wall_s")}
+            for name, points in timed.items()
+            if len({x for x, _ in points}) > 2
+        }
+
     wide = [row for row in rows if row["model"] in SCALING and (row["rank"], row["adapters"]) == (RANK, COUNT)]
-    timed: dict[str, list[tuple[int, dict]]] = {}
-    for row in wide:
-        for method, result in row["methods"].items():
-            if "extrapolated" not in result:
-                timed.setdefault(method, []).append((row["parameters"], result))
-                for step, times in result.get("steps", {}).items():
-                    timed.setdefault(f"{method}, {step}", []).append((row["parameters"], times))
+    sweep = [row for row in rows if row["model"] == SWEEP_MODEL]
     return {
-        name: {clock: slope([(size, times[clock]) for size, times in points]) for clock in ("cpu_s", "wall_s")}
-        for name, points in timed.items()
-        if len(points) > 2
+        "parameters": axis(wide, "parameters"),
+        "rank": axis([row for row in sweep if row["adapters"] == COUNT], "rank"),
+        "adapters": axis([row for row in sweep if row["rank"] == RANK], "adapters"),
     }
 
 
@@ -126,8 +131,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--models", nargs="*", choices=MODELS, default=list(MODELS))
     parser.add_argument("--dense-models", nargs="*", choices=MODELS, default=["SmolLM2-135M", "Llama-3.2-1B"])
-    parser.add_argument("--ranks", nargs="*", type=int, default=[4, 64], help=f"more ranks, at {SWEEP_MODEL}")
-    parser.add_argument("--counts", nargs="*", type=int, default=[4, 8], help=f"more adapters, at {SWEEP_MODEL}")
+    parser.add_argument("--ranks", nargs="*", type=int, default=[4, 64, 128], help=f"more ranks, at {SWEEP_MODEL}")
+    parser.add_argument("--counts", nargs="*", type=int, default=[4, 8, 20], help=f"more adapters, at {SWEEP_MODEL}")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=2)
@@ -157,7 +162,7 @@ def main() -> None:
         rows.append(in_child("merge_methods.py", json.dumps(setting), arguments.threads))
         write_results(arguments.output, content)
     extrapolate(rows)
-    content["slopes_1B_to_70B"] = slopes(rows)
+    content["slopes"] = slopes(rows)
     if not arguments.no_files:
         console.print("70B-shaped adapters from files to a file …")
         with tempfile.TemporaryDirectory(prefix="sstmerge-benchmark-") as folder:

@@ -196,8 +196,8 @@ def dense_fisher(fisher: Fisher) -> Tensor:
     """Return the D x D matrix that a Fisher of any structure stands for."""
     space, dense = fisher.space, torch.zeros(fisher.space.size, fisher.space.size, dtype=torch.float64)
     if fisher.structure == "global":
-        scores = fisher.scores().double()
-        return scores.mT @ scores
+        scores = fisher.statistics["scores"].double()  # a division in float32 would round, by 2e-5 after the solve
+        return scores.mT @ scores / fisher.tokens
     if fisher.structure == "diagonal":
         return torch.diag(fisher.diagonal())
     slices = layer_slices(space)

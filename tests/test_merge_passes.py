@@ -77,11 +77,13 @@ def test_embedding_refuses_spaces_that_stack_other_adapters(space):
         space.embed(alone.zero(), alone)
 
 
+@pytest.mark.parametrize("rows", [1, 3, 64])
 @pytest.mark.parametrize("entries", [1, 50, 10**6])
-def test_columns_per_chunk_do_not_change_products_of_scores(monkeypatch, model, space, entries):
+def test_columns_and_rows_at_once_do_not_change_products_of_scores(monkeypatch, model, space, entries, rows):
+    monkeypatch.setattr(score_matrix, "_ROWS_PER_BLOCK", rows)
     monkeypatch.setattr(score_matrix, "_ENTRIES_PER_CHUNK", entries)
     gain, cost = gain_and_cost(model, space, "global")
-    G, H = gain.scores().double(), cost.scores().double()
+    G, H = (fisher.statistics["scores"].double() / fisher.tokens**0.5 for fisher in (gain, cost))
     left, right = ScoreMatrix(gain), ScoreMatrix(cost)
     for gram, expected in zip(left.grams(right), (G @ G.mT, G @ H.mT, H @ H.mT), strict=True):
         torch.testing.assert_close(gram, expected)

@@ -12,6 +12,8 @@ from sstmerge.fisher import Fisher
 
 # Entries that are converted to float64 at once: 2 MiB, what a core's second-level cache holds.
 _ENTRIES_PER_CHUNK = 2**18
+# Rows of a symmetric product that are formed at once; what lies below the diagonal of these blocks is never formed.
+_ROWS_PER_BLOCK = 64
 
 
 class ScoreMatrix:
@@ -23,35 +25,50 @@ class ScoreMatrix:
 
     def grams(self, other: ScoreMatrix) -> tuple[Tensor, Tensor, Tensor]:
         """Return G Gᵀ (n, n), G Hᵀ (n, m) and H Hᵀ (m, m), float64, in one pass over both."""
-        n, m = len(self._sums), len(other._sums)
-        totals = [self._sums.new_zeros(shape, dtype=torch.float64) for shape in ((n, n), (n, m), (m, m))]
-        for left, right in zip(self._chunks(max(n, m)), other._chunks(max(n, m)), strict=True):
-            for total, (a, b) in zip(totals, ((left, left), (left, right), (right, right)), strict=True):
-                total.addmm_(a, b.mT)
-        return totals[0], totals[1], totals[2]
+        n, rows = len(self._sums), len(self._sums) + len(other._sums)
+        total = self._sums.new_zeros(rows, rows, dtype=torch.float64)
+        for chunk in _chunks(self._sums, other._sums):
+            for start in range(0, rows, _ROWS_PER_BLOCK):
+                block = slice(start, start + _ROWS_PER_BLOCK)
+                total[block, start:].addmm_(chunk[block], chunk[start:].mT)
+        upper = total.triu_()
+        whole = upper + upper.mT
+        whole.diagonal().mul_(0.5)
+        return (
+            whole[:n, :n] / self._root**2,
+            whole[:n, n:] / (self._root * other._root),
+            whole[n:, n:] / other._root**2,
+        )
 
     def times(self, vector: Tensor) -> Tensor:
         """Return G φ (n,), float64, for φ of shape (D,)."""
         total = self._sums.new_zeros(len(self._sums), dtype=torch.float64)
         offset = 0
-        for chunk in self._chunks(len(self._sums)):
+        for chunk in _chunks(self._sums):
             total.addmv_(chunk, vector[offset : offset + chunk.shape[1]].double())
             offset += chunk.shape[1]
-        return total
+        return total / self._root
 
     def transposed_times(self, weights: Tensor) -> Tensor:
         """Return Gᵀ w (D,), float64, for w of shape (n,)."""
         result = self._sums.new_empty(self._sums.shape[1], dtype=torch.float64)
         offset = 0
-        for chunk in self._chunks(len(self._sums)):
-            torch.mv(chunk.mT, weights, out=result[offset : offset + chunk.shape[1]])
+        for chunk in _chunks(self._sums):
+            torch.mv(chunk.mT, weights / self._root, out=result[offset : offset + chunk.shape[1]])
             offset += chunk.shape[1]
         return result
 
-    def _chunks(self, rows: int) -> Iterator[Tensor]:
-        """Yield G in float64, so many columns that `rows` rows fill the buffer; the next chunk overwrites the last."""
-        columns = min(self._sums.shape[1], max(1, _ENTRIES_PER_CHUNK // max(rows, 1)))
-        buffer = self._sums.new_empty(len(self._sums) * columns, dtype=torch.float64)
-        for part in self._sums.split(columns, dim=1):
-            # Divided in float32, as `Fisher.scores` does.
-            yield buffer[: part.numel()].view(part.shape).copy_(part / self._root)
+
+def _chunks(*matrices: Tensor) -> Iterator[Tensor]:
+    """Yield the same columns of matrices (n, D), one below the other in float64; the next chunk overwrites the last."""
+    rows = sum(len(matrix) for matrix in matrices)
+    width = matrices[0].shape[1]
+    columns = min(width, max(1, _ENTRIES_PER_CHUNK // max(rows, 1)))
+    buffer = matrices[0].new_empty(rows * columns, dtype=torch.float64)
+    for parts in zip(*(matrix.split(columns, dim=1) for matrix in matrices), strict=True):
+        chunk = buffer[: rows * parts[0].shape[1]].view(rows, -1)
+        offset = 0
+        for part in parts:
+            chunk[offset : offset + len(part)].copy_(part)
+            offset += len(part)
+        yield chunk
