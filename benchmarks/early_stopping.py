@@ -7,7 +7,7 @@ responses, `project` with 99 % of the gain energy. For every structure the packa
 all data with a look after every chunk; the tolerances only decide which of the looks is the last one, so one run serves
 all of them. Per look:
 
-    KL, step error   what the criterion sees: held-out KL with its interval, jackknife error of the step
+    KL, step error   what the criterion sees: held-out KL with its interval, half-sample error of the step
     cosine           of the step to that of all samples, in the metric of F_cost of all samples
     KL, gain         of the step by the Fishers of all samples, over those of the step of all samples
 

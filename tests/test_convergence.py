@@ -18,13 +18,15 @@ from sstmerge.fisher.batch import length_groups, regroup
 from sstmerge.fisher.convergence import (
     Groups,
     convergence_sentence,
-    jackknife_error,
+    half_sample_error,
+    half_samples,
     random_chunks,
     ratio_interval,
     single_look,
     spent,
 )
-from sstmerge.fisher.fisher import read_header
+from sstmerge.fisher.fisher import Counts, read_header
+from sstmerge.fisher.structures import Structure
 from sstmerge.merging.convergence import adapters_sum, pair_look
 from sstmerge.pipeline.calibration import CollectionOptions, collect_pair
 from sstmerge.pipeline.sequential import StoppingRule, converge
@@ -92,13 +94,32 @@ def test_intervals_of_a_whole_run_hold_together():
     assert wrong / 500 < 0.06
 
 
-def test_jackknife_of_a_mean_is_its_standard_error():
+@pytest.mark.parametrize("groups", [3, 6, 8, 16])
+def test_half_samples_give_the_standard_error_of_a_mean(space, groups):
+    """Over many runs the squared error is that of the mean of all groups, whose variance is known."""
     generator = torch.Generator().manual_seed(0)
-    groups = 3 + torch.randn(8, 5, generator=generator, dtype=torch.float64)
-    left_out = [(groups.sum(0) - group) / 7 for group in groups]
-    error = jackknife_error(left_out)
-    expected = (groups.var(dim=0) / 8).sum().sqrt() / groups.mean(dim=0).norm()
-    assert error == pytest.approx(float(expected))
+    identity = Fisher(
+        Structure.DIAGONAL,
+        space,
+        {f"square_sum.{i}": torch.ones(2, *g.core_shape) for i, g in enumerate(space.groups)},
+        Counts(*(torch.ones(2) for _ in range(4))),
+    )
+    assert identity.quadratic(space.core("utility")) == pytest.approx(float(space.core("utility").square().sum()))
+    splits = half_samples(groups)
+    squares = []
+    for _ in range(30):
+        data = 100 + torch.randn(groups, space.size, generator=generator, dtype=torch.float64)
+        halves = [tuple(data[torch.tensor(split) == side].mean(dim=0) for side in (0, 1)) for split in splits]
+        shares = [split.count(0) / groups for split in splits]
+        squares.append(half_sample_error(halves, shares, identity) ** 2)
+    assert sum(squares) / 30 == pytest.approx(1 / groups / 100**2, rel=0.05)
+
+
+def test_half_samples_of_eight_groups_are_balanced():
+    splits = torch.tensor(half_samples(8)) * 2 - 1
+    assert torch.equal(splits @ splits.mT, 8 * torch.eye(4, dtype=torch.int64))
+    assert torch.equal(splits.sum(dim=1), torch.zeros(4, dtype=torch.int64))
+    assert [len(half_samples(count)) for count in (2, 3, 4, 5, 16)] == [2, 3, 3, 4, 4]
 
 
 # ---- chunks ----------------------------------------------------------------------------------------------------------
@@ -133,20 +154,21 @@ def test_groups_of_similar_length_pad_little():
 
 
 @pytest.mark.parametrize("structure", ["diagonal", "kfac", "block", "global"])
-def test_groups_can_be_left_out(model, space, batches, structure):
+def test_groups_can_be_taken_apart(model, space, batches, structure):
     collect, _ = collector(model, space, structure)
     groups = Groups()
-    chunks = random_chunks(batches, 2, None, seed=0)
+    chunks = random_chunks(batches, 1, None, seed=0)
     for chunk in chunks:
         groups.add(collect(regroup(batches, chunk, 64), ""), len(chunk))
-    assert len(groups.parts) == 8
+    assert len(groups.parts) == 16
     assert groups.sequences == 24
     whole = collect(batches, "")
     assert relative_error(dense_fisher(groups.whole()), dense_fisher(whole)) < 1e-6
-    # Chunks 1 and 9 are in group 1.
-    rest = [i for number, chunk in enumerate(chunks) if number % 8 != 1 for i in chunk]
+    # Chunks 1 and 17 are in group 1.
+    split = [int(number == 1) for number in range(16)]
+    rest = [i for number, chunk in enumerate(chunks) if number % 16 != 1 for i in chunk]
     expected = collect(regroup(batches, rest, 64), "")
-    assert relative_error(dense_fisher(groups.without(1)), dense_fisher(expected)) < 1e-6
+    assert relative_error(dense_fisher(groups.half(split, 0)), dense_fisher(expected)) < 1e-6
 
 
 def test_a_fisher_stops_at_its_tolerance_and_says_so(model, space, batches):

@@ -1,16 +1,19 @@
 """When a Fisher has seen enough: error bars from random groups of the data, valid however often they are looked at.
 
 Data come in chunks, cut from one random order of the sequences, so that every chunk is a sample of the whole data set. The
-chunks are dealt out to at most eight groups, and what is estimated is estimated again without each of them: the grouped
-jackknife (Quenouille 1956, https://doi.org/10.1093/biomet/43.3-4.353; Wolter 2007, "Introduction to Variance Estimation",
-ch. 2 and 4), the same for all structures, because a Fisher is a sum and groups of it can be left out.
+chunks are dealt out to at most sixteen groups. The spread of a ratio over the groups gives its interval (linearised ratio;
+Wolter 2007, "Introduction to Variance Estimation"). What is no ratio, a step, is estimated again from halves of the
+groups: balanced half-samples (McCarthy 1969, Review of the International Statistical Institute 37), the same for all
+structures, because a Fisher is a sum. Leaving out one group at a time would not do: a step depends on which directions are
+selected, it jumps, and the delete-one jackknife of what jumps does not shrink with the data (Shao & Wu 1989, Annals of
+Statistics 17).
 
 Who looks after every chunk and stops at the first good-looking interval sees an interval that is too narrow. Here look l may
 err with probability α / (l (l + 1)) only. These add up to α over any number of looks, so that with probability 1 − α no
 interval of the whole run is wrong, the one it stops at included, whatever the rule by which it stops: a union bound, the
 simplest way to spend α (Lan & DeMets 1983, https://doi.org/10.1093/biomet/70.3.659; Darling & Robbins 1967,
 https://doi.org/10.1073/pnas.58.1.66, on confidence sequences). Tighter sequences exist (Howard et al. 2021,
-https://arxiv.org/abs/1810.08240), but need bounds or many more than eight observations. What remains an approximation
+https://arxiv.org/abs/1810.08240), but need bounds or many more than sixteen observations. What remains an approximation
 is each single interval: Student's t over the groups, whose contributions are sums over sequences and hence nearly normal.
 """
 
@@ -30,10 +33,12 @@ from torch import Tensor
 from sstmerge.fisher.batch import Batch
 from sstmerge.fisher.fisher import Fisher
 
-MOST_GROUPS = 8
+MOST_GROUPS = 16
 # A t interval of fewer groups is too wide to be of use, and its width too noisy.
 FEWEST_GROUPS = 3
 CONFIDENCE = 0.95
+# Rows of the Hadamard matrix of order 8: any two of these halves of eight groups share half of their members.
+_HALVES = ((0, 0, 0, 0, 1, 1, 1, 1), (0, 0, 1, 1, 0, 0, 1, 1), (0, 1, 0, 1, 0, 1, 0, 1), (0, 1, 1, 0, 1, 0, 0, 1))
 
 
 @dataclass(frozen=True)
@@ -126,9 +131,10 @@ class Groups:
         """Return the Fisher of all groups."""
         return functools.reduce(operator.add, self.parts)
 
-    def without(self, number: int) -> Fisher:
-        """Return the Fisher of all groups but one."""
-        return functools.reduce(operator.add, [part for i, part in enumerate(self.parts) if i != number])
+    def half(self, split: Sequence[int], side: int) -> Fisher:
+        """Return the Fisher of the groups on one side (0 or 1) of a split (`half_samples`)."""
+        chosen = [part for part, where in zip(self.parts, split, strict=True) if where == side]
+        return functools.reduce(operator.add, chosen)
 
     @property
     def tokens(self) -> float:
@@ -181,18 +187,35 @@ def single_look(groups: Groups, number: int, tolerance: float) -> Look:
     return Look(number, (groups.sequences,), (groups.tokens,), widest, None, widest.relative <= tolerance)
 
 
-def jackknife_error(vectors: Sequence[Tensor]) -> float:
-    """Return the standard error of a vector relative to its size, both Euclidean, from its estimates without each group.
+def half_samples(groups: int) -> list[list[int]]:
+    """Return balanced ways to split groups in two; every one says of each group whether it is on side 0 or 1.
 
     Args:
-        vectors: The estimates, each (D,).
+        groups: Number of groups, at least 2.
     """
-    stacked = torch.stack(list(vectors))
-    mean = stacked.mean(dim=0)
-    size = float(mean.norm())
-    if len(stacked) < FEWEST_GROUPS or not size > 0:
-        return math.inf
-    return math.sqrt((len(stacked) - 1) / len(stacked)) * float((stacked - mean).norm()) / size
+    rows = [[half[i % len(half)] for i in range(groups)] for half in _HALVES]
+    return [row for row in rows if len(set(row)) == 2]
+
+
+def half_sample_error(halves: Sequence[tuple[Tensor, Tensor]], shares: Sequence[float], fisher: Fisher) -> float:
+    """Return the standard error of a vector relative to its size, both in a Fisher's metric.
+
+    Two estimates from independent shares a and 1 − a of the data differ by a vector whose expected square is that of the
+    error of an estimate from all data, times 1 / (a (1 − a)).
+
+    Args:
+        halves: Its estimates from both sides of every split, each (D,).
+        shares: Share of the data on one side of every split.
+        fisher: The metric.
+
+    Returns:
+        The error; infinite for a vector of size zero.
+    """
+    count = len(halves)
+    mean = torch.stack([(one + other) / 2 for one, other in halves]).mean(dim=0)
+    size = fisher.quadratic(mean)
+    squares = [a * (1 - a) * fisher.quadratic(x - y) for (x, y), a in zip(halves, shares, strict=True)]
+    return math.sqrt(sum(squares) / count / size) if size > 0 else math.inf
 
 
 def random_chunks(batches: Sequence[Batch], size: int, most: int | None, seed: int) -> list[list[int]]:

@@ -6,7 +6,15 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from sstmerge.fisher.convergence import FEWEST_GROUPS, Groups, Interval, Look, jackknife_error, ratio_interval
+from sstmerge.fisher.convergence import (
+    FEWEST_GROUPS,
+    Groups,
+    Interval,
+    Look,
+    half_sample_error,
+    half_samples,
+    ratio_interval,
+)
 from sstmerge.gevp import Spectrum, solve
 
 # The change of the utility model that a merge would make, (D,) in the space of the spectrum.
@@ -24,12 +32,11 @@ def pair_look(
 ) -> Look:
     """Judge a pair of Fishers by the merge that would come from it.
 
-    The merge is made again without each group of the data in turn. Its predicted KL, ½ ΔᵀF_costΔ, is measured on the
-    group that was left out, so that it is not flattered by having been minimised on the same data; its spread over the
-    groups gives the interval. How far the steps Δ differ from each other, with the jackknife's factor, is the standard error
-    of the step, relative to its size; both are Frobenius norms of weight changes, because F_cost is nearly zero along
-    directions that were chosen for that. The step is the safety adapter's projection on the selected subspace, so that
-    directions count as much as they move the merge, and the choice among others, which is noise, does not.
+    The merge is made from one half of the data and from the other, for several splits in halves. The predicted KL of a
+    half's merge, ½ ΔᵀF_costΔ, is measured on the groups of the other half, so that it is not flattered by having been
+    minimised on the same data; its spread over the groups gives the interval. How far the steps Δ of two halves differ is
+    the standard error of the step, relative to its size, in what matters of it: in the metric of F_cost and in that of
+    F_gain, whichever is larger. (Its Frobenius norm would count directions that change nothing.)
 
     Args:
         gain: Groups of F_gain.
@@ -42,20 +49,27 @@ def pair_look(
     Returns:
         The look.
     """
-    count = min(len(gain.parts), len(cost.parts))
-    whole = cost.whole()
+    whole = gain.whole(), cost.whole()
     seen = (gain.sequences, cost.sequences), (gain.tokens, cost.tokens)
-    if count < FEWEST_GROUPS:
-        change = step(solve(gain.whole(), whole, damping=damping))
-        return Look(number, *seen, Interval(0.5 * whole.quadratic(change), float("inf")), float("inf"), False)
-    steps = []
-    most = max(len(gain.parts), len(cost.parts))
-    for left_out in range(most):
-        # A data set that gave fewer groups gives up one of them more often.
-        pair = gain.without(left_out % len(gain.parts)), cost.without(left_out % len(cost.parts))
-        steps.append(step(solve(*pair, damping=damping)))
-    weights = [part.tokens for part in cost.parts]
-    totals = [0.5 * part.quadratic(change) * part.tokens for part, change in zip(cost.parts, steps, strict=False)]
-    kl = ratio_interval(totals, weights, number)
-    error = jackknife_error(steps)
+    if min(len(gain.parts), len(cost.parts)) < FEWEST_GROUPS:
+        change = step(solve(*whole, damping=damping))
+        return Look(number, *seen, Interval(0.5 * whole[1].quadratic(change), float("inf")), float("inf"), False)
+    gain_splits, cost_splits = half_samples(len(gain.parts)), half_samples(len(cost.parts))
+    count = max(len(gain_splits), len(cost_splits))
+    halves, shares = [], []
+    totals = [0.0] * len(cost.parts)
+    for i in range(count):
+        # A data set that gave fewer groups has fewer ways to be split; it takes some of them again.
+        of_gain, of_cost = gain_splits[i % len(gain_splits)], cost_splits[i % len(cost_splits)]
+        one, other = (
+            step(solve(gain.half(of_gain, side), cost.half(of_cost, side), damping=damping)) for side in (0, 1)
+        )
+        for group, (part, side) in enumerate(zip(cost.parts, of_cost, strict=True)):
+            totals[group] += 0.5 * part.quadratic(one if side == 1 else other) * part.tokens / count
+        halves.append((one, other))
+        shares.append(
+            sum(part.tokens for part, side in zip(cost.parts, of_cost, strict=True) if side == 0) / cost.tokens
+        )
+    kl = ratio_interval(totals, [part.tokens for part in cost.parts], number)
+    error = max(half_sample_error(halves, shares, fisher) for fisher in whole)
     return Look(number, *seen, kl, error, kl.relative <= tolerance and error <= tolerance)
