@@ -65,7 +65,7 @@ def tiny(modules):
         scales=(0.5, 1.5),
         methods=("task_arithmetic", "regmean", "fisher_ratio_mask"),
         rules=("project", "wiener", "joint"),
-        epochs=1,
+        training=modules["workbench"].Training(epochs=1, safety_epochs=1, learned_tokens=4),
         answer_tokens=4,
         resamples=20,
     )
@@ -148,7 +148,7 @@ def test_fidelity_runs_through_and_resumes(modules, model, data, tmp_path):
         fidelity.QUICK,
         sizes=modules["prompts"].Sizes(safety=8, utility=8, calibration=8, test=4, task_test=4),
         samples=(2, 4),
-        epochs=1,
+        training=modules["workbench"].Training(epochs=1, safety_epochs=1),
         resamples=20,
     )
     for _ in range(2):

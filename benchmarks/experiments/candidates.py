@@ -19,6 +19,8 @@ from sstmerge.pipeline.roles import Roles
 
 # So large that F_cost + damping · scale · I is the identity but for its unit, which changes no order of directions.
 IDENTITY = 1e9
+# A direction's gain over its gain and cost: Wiener's signal over signal and noise, so that nothing has to be chosen.
+WIENER = 1.0
 # The exact sum, written in other ways, and what needs an aligned full model, which an adapter is not.
 SAME_AS_TASK_ARITHMETIC = ("cat",)
 
@@ -130,12 +132,12 @@ class Merger:
         roles = self.roles
         if rule == "project":
             return merge_cores(spectrum, roles.utility, roles.safety, rule=Rule.PROJECT, scale=scale).core
-        cutoff = self._cutoff(spectrum)
         if rule == "wiener":
-            filtered = Selection(mu=cutoff)
+            filtered = Selection(mu=WIENER)
             return merge_cores(
                 spectrum, roles.utility, roles.safety, rule=Rule.WIENER, scale=scale, selection=filtered
             ).core
+        cutoff = self._cutoff(spectrum)
         # The path of `joint` is its μ: a hundred times the cutoff at scale 0.5, a hundredth at 1.5.
         path = Selection(mu=cutoff * 10 ** (4 * (1 - scale)))
         return merge_cores(spectrum, roles.utility, roles.safety, rule=Rule.JOINT, selection=path).core

@@ -1,6 +1,6 @@
 """Experiment C, fidelity: does a merge do what its Fishers predict, and how many samples does that take?
 
-    python benchmarks/experiments/fidelity.py --model MODEL --data FOLDER --out FOLDER [--quick]
+    python benchmarks/experiments/fidelity.py --model MODEL --data FOLDER --out FOLDER [--quick | --short]
 
 For every structure, reference and number of calibration prompts the same adapters are merged (`project`, default selection,
 scale 1) and compared on held-out prompts:
@@ -26,7 +26,17 @@ import torch
 from prompts import Sizes
 from stages import versions
 from torch import Tensor
-from workbench import ROLES, Workbench, common_arguments, in_words, rows_key, stage_names, stopwatch
+from workbench import (
+    FULL_TRAINING,
+    SHORT_TRAINING,
+    Training,
+    Workbench,
+    common_arguments,
+    in_words,
+    rows_key,
+    stage_names,
+    stopwatch,
+)
 
 from sstmerge.adapters import CoreSpace
 from sstmerge.evaluation.metrics import Interval, bootstrap
@@ -54,8 +64,7 @@ class Config:
         samples: Numbers of harmful calibration prompts; there are about twice as many benign ones.
         structures: Structures.
         references: Where the Fishers are taken.
-        epochs: Passes of the adapters' training.
-        learning_rate: Peak learning rate.
+        training: How the adapters are trained.
         response_tokens: Response tokens that count.
         resamples: Bootstrap resamples.
     """
@@ -66,12 +75,19 @@ class Config:
     samples: tuple[int, ...] = (12, 24, 48, 96)
     structures: tuple[str, ...] = (EXACT, "kfac", "ekfac", "diagonal")
     references: tuple[str, ...] = ("base", "utility", HALF_WAY)
-    epochs: int = 2
-    learning_rate: float = 7e-4
+    training: Training = FULL_TRAINING
     response_tokens: int = 6
     resamples: int = 2000
 
 
+SHORT = Config(
+    tasks=("sst2",),
+    sizes=Sizes(safety=160, utility=160, calibration=64, test=48, task_test=48),  # as experiment A: the same adapters
+    samples=(8, 32),
+    structures=(EXACT, "kfac", "diagonal"),
+    references=("utility", HALF_WAY),
+    training=SHORT_TRAINING,
+)
 QUICK = Config(
     tasks=("sst2",),
     seeds=(0,),
@@ -110,7 +126,7 @@ class Fidelity:
         config, sizes = self.config, self.config.sizes
         prompts = self.bench.prompts(config.tasks, sizes, config.seeds[0])
         per_row = self.bench.seconds_per_row(prompts.safety[:8])
-        training = 4 * config.epochs * (2 * sizes.safety + len(config.tasks) * sizes.utility)
+        training = 4 * config.training.sequences(sizes, len(config.tasks))
         fishers = 4 * 4 * sum(case.samples for case in self.cases) + 4 * 2 * sizes.calibration * len(config.references)
         return len(config.seeds) * per_row * (training + fishers + 2 * sizes.calibration * len(self.cases))
 
@@ -132,11 +148,7 @@ class Fidelity:
     def _seed(self, seed: int) -> list[dict[str, Any]]:
         config, bench = self.config, self.bench
         prompts = bench.prompts(config.tasks, config.sizes, seed)
-        learned = {"utility": prompts.utility, "safety": prompts.safety}
-        folders = {
-            role: bench.train(role, learned[role], seed, epochs=config.epochs, learning_rate=config.learning_rate)
-            for role in ROLES
-        }
+        folders = bench.train_roles(prompts, config.training, seed)
         space = CoreSpace.of(list(bench.adapters(folders).values()))
         roles = roles_in(space, ["utility"], "safety", None)
         gain, cost = _halves(prompts.gain, seed), _halves(prompts.cost, seed)
@@ -251,7 +263,7 @@ def _cosine(fisher: Fisher, first: Tensor, second: Tensor) -> float:
 def main() -> None:
     """Run the experiment from the command line."""
     arguments = common_arguments(__doc__).parse_args()
-    config = QUICK if arguments.quick else Config()
+    config = QUICK if arguments.quick else SHORT if arguments.short else Config()
     if arguments.seeds:
         config = replace(config, seeds=tuple(arguments.seeds))
     say = stopwatch()

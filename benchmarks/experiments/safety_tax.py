@@ -1,6 +1,6 @@
 """Experiment A, Safety Tax: what does refusing cost, by every method, swept over its own scale?
 
-    python benchmarks/experiments/safety_tax.py --model MODEL --data FOLDER --out FOLDER [--quick]
+    python benchmarks/experiments/safety_tax.py --model MODEL --data FOLDER --out FOLDER [--quick | --short]
 
 For every seed a safety adapter (refusals mixed with ordinary answers, or `--safety refusal-only`) and a utility adapter are
 trained, Fishers collected, everything merged, and every merged model measured on prompts that nothing was trained or
@@ -28,7 +28,18 @@ from measurement import OUTCOMES_FILE, as_arrays, measure
 from prompts import Prompts, Sizes
 from report import Results, stack, write_report
 from stages import versions
-from workbench import ROLES, Workbench, common_arguments, in_words, rows_key, stage_names, stopwatch
+from workbench import (
+    FULL_TRAINING,
+    ROLES,
+    SHORT_TRAINING,
+    Training,
+    Workbench,
+    common_arguments,
+    in_words,
+    rows_key,
+    stage_names,
+    stopwatch,
+)
 
 from sstmerge import available_methods
 from sstmerge.adapters import Adapter, CoreSpace
@@ -58,11 +69,10 @@ class Config:
         methods: Methods of the registry; None for all.
         structures: Structures of SST.
         rules: Rules of SST.
-        safety: "mixed" or "refusal-only".
-        epochs: Passes of the adapters' training.
-        learning_rate: Peak learning rate of both.
+        training: How the adapters are trained.
         reference: Where SST's Fishers are taken.
         response_tokens: Response tokens that they see.
+        draws: Label draws of the cost Fisher.
         answer_tokens: Longest answer.
         resamples: Bootstrap resamples.
     """
@@ -74,15 +84,36 @@ class Config:
     methods: tuple[str, ...] | None = None
     structures: tuple[str, ...] = ("global", "kfac", "ekfac", "diagonal")
     rules: tuple[str, ...] = ("project", "wiener", "joint")
-    safety: str = "mixed"
-    epochs: int = 2
-    learning_rate: float = 7e-4
+    training: Training = FULL_TRAINING
     reference: str = "path:utility:utility+safety:1"
     response_tokens: int = 6
+    draws: int = 4
     answer_tokens: int = 16
     resamples: int = 2000
 
 
+SHORT = Config(
+    tasks=("sst2",),
+    sizes=Sizes(safety=160, utility=160, calibration=64, test=48, task_test=48),
+    scales=(0.6, 1.0, 1.4),
+    methods=(
+        "task_arithmetic",
+        "rank_one",
+        "ties",
+        "dare",
+        "tsv_m",
+        "iso_c",
+        "knots_ties",
+        "subspace_boosting",
+        "fisher_full",
+        "regmean",
+        "fisher_ratio_mask",
+    ),
+    structures=("global", "kfac", "diagonal"),
+    rules=("project", "wiener"),
+    training=SHORT_TRAINING,
+    answer_tokens=10,
+)
 QUICK = Config(
     tasks=("sst2",),
     seeds=(0,),
@@ -122,11 +153,10 @@ class SafetyTax:
         with TemporaryDirectory() as folder:
             self._measure(adapter_state(self.bench.model, None), probe, Path(folder))
         per_answer = (time.perf_counter() - started) / sum(map(len, probe.test.values()))
-        learned = 2 * sizes.safety + len(config.tasks) * sizes.utility
         points = len(self.listed) * len(config.scales) + 3
         # A backward pass takes two forward passes, and training its weights' gradients; sampled labels take a draw each.
-        training = 4 * per_row * config.epochs * learned
-        fishers = 4 * per_row * 4 * sizes.calibration * (len({*config.structures, STATISTICS}) + 2)
+        training = 4 * per_row * config.training.sequences(sizes, len(config.tasks))
+        fishers = 4 * per_row * 2 * config.draws * sizes.calibration * (len({*config.structures, STATISTICS}) + 2)
         # Decoding a hundred prompts together takes about half as long for each as decoding two dozen.
         measuring = points * (3 * sizes.test * per_answer / 2 + len(config.tasks) * sizes.task_test * per_row)
         return len(config.seeds) * (training + fishers + measuring)
@@ -137,7 +167,7 @@ class SafetyTax:
         swept: list[list[list[Any]]] = []
         for seed in self.config.seeds:
             prompts = self.bench.prompts(self.config.tasks, self.config.sizes, seed)
-            folders = {role: self._train(role, prompts, seed) for role in ROLES}
+            folders = self.bench.train_roles(prompts, self.config.training, seed)
             merger = self._merger(prompts, folders, seed)
             zero = merger.roles.space.zero()
             alone = {"base": zero, "utility": merger.roles.utility, "safety": merger.roles.safety}
@@ -170,18 +200,12 @@ class SafetyTax:
 
     # ---- stages ----------------------------------------------------------------------------------------------------
 
-    def _train(self, role: str, prompts: Prompts, seed: int) -> Path:
-        config = self.config
-        learned = prompts.safety if config.safety == "mixed" else prompts.refusals
-        rows = learned if role == "safety" else prompts.utility
-        return self.bench.train(role, rows, seed, epochs=config.epochs, learning_rate=config.learning_rate)
-
     def _merger(self, prompts: Prompts, folders: dict[str, Path], seed: int) -> Merger:
         config, bench = self.config, self.bench
         adapters = bench.adapters(folders)
         space = CoreSpace.of(list(adapters.values()))
         options = CollectionOptions(
-            reference=config.reference, response_tokens=config.response_tokens, draws=2, seed=seed
+            reference=config.reference, response_tokens=config.response_tokens, draws=config.draws, seed=seed
         )
 
         def spectrum(structure: str, gain: list[Example], cost: list[Example]) -> Spectrum:
@@ -252,7 +276,8 @@ def main() -> None:
     parser.add_argument("--scales", type=float, nargs="+", help="scales (default: those of the configuration)")
     parser.add_argument("--safety", choices=("mixed", "refusal-only"), default="mixed")
     arguments = parser.parse_args()
-    config = replace(QUICK if arguments.quick else Config(), safety=arguments.safety)
+    sized = QUICK if arguments.quick else SHORT if arguments.short else Config()
+    config = replace(sized, training=replace(sized.training, safety=arguments.safety))
     for name in ("seeds", "methods", "scales"):
         if getattr(arguments, name):
             config = replace(config, **{name: tuple(getattr(arguments, name))})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -24,6 +24,33 @@ ROLES = ("utility", "safety")
 LONGEST = 256  # tokens of a training sequence
 PAIR = ("gain", "cost")
 Folders = Mapping[str, Path]
+
+
+@dataclass(frozen=True)
+class Training:
+    """How the utility and the safety adapter of an experiment are trained.
+
+    Attributes:
+        epochs: Passes over the utility adapter's rows.
+        safety_epochs: Passes over the safety adapter's rows.
+        learned_tokens: Response tokens that the safety adapter learns; None for all.
+        learning_rate: Peak learning rate of both.
+        safety: "mixed": refusals and as many ordinary answers; or "refusal-only".
+    """
+
+    epochs: int = 2
+    safety_epochs: int = 2
+    learned_tokens: int | None = None
+    learning_rate: float = 7e-4
+    safety: str = "mixed"
+
+    def sequences(self, sizes: Sizes, tasks: int) -> int:
+        """Return how many sequences the training sees."""
+        return 2 * sizes.safety * self.safety_epochs + tasks * sizes.utility * self.epochs
+
+
+FULL_TRAINING = Training()
+SHORT_TRAINING = Training(safety_epochs=1, learned_tokens=32)
 
 
 class Workbench:
@@ -47,19 +74,47 @@ class Workbench:
         """Draw the prompts of a seed."""
         return draw_prompts(self._data, tasks, sizes, seed)
 
-    def train(self, role: str, rows: list[Example], seed: int, *, epochs: int, learning_rate: float) -> Path:
-        """Train the adapter of a role; its directory is the returned folder's `role`."""
+    def train(
+        self,
+        role: str,
+        rows: list[Example],
+        seed: int,
+        *,
+        epochs: int,
+        learning_rate: float,
+        response_tokens: int | None = None,
+    ) -> Path:
+        """Train the adapter of a role on the first tokens of the responses; its directory is the folder's `role`."""
         recipe = Recipe(role, (), 8, 16, ALL_LINEAR, learning_rate=learning_rate, epochs=epochs)
 
         def compute(folder: Path) -> None:
-            encoded = encode(rows, self.tokenizer, max_length=LONGEST)
+            encoded = encode(rows, self.tokenizer, max_length=LONGEST, response_tokens=response_tokens)
             padding = self.tokenizer.pad_token_id
-            fit_adapter(
-                load_model(self._name), encoded, recipe, folder, pad_token_id=padding, seed=seed, overwrite=True
-            )
+            model = load_model(self._name)
+            # On a CPU the backward pass of the fused bfloat16 attention alone costs a fifth of a step.
+            model.set_attn_implementation("eager")
+            fit_adapter(model, encoded, recipe, folder, pad_token_id=padding, seed=seed, overwrite=True)
 
         inputs = {"model": self.model_key, "recipe": asdict(recipe), "rows": rows_key(rows), "seed": seed}
+        if response_tokens is not None:
+            inputs["response_tokens"] = response_tokens
         return self.stages.run(f"adapter-{role}", inputs, compute)
+
+    def train_roles(self, prompts: Prompts, training: Training, seed: int) -> dict[str, Path]:
+        """Train the utility and the safety adapter."""
+        rate = training.learning_rate
+        learned = prompts.safety if training.safety == "mixed" else prompts.refusals
+        return {
+            "utility": self.train("utility", prompts.utility, seed, epochs=training.epochs, learning_rate=rate),
+            "safety": self.train(
+                "safety",
+                learned,
+                seed,
+                epochs=training.safety_epochs,
+                learning_rate=rate,
+                response_tokens=training.learned_tokens,
+            ),
+        }
 
     def adapters(self, folders: Folders) -> dict[str, Adapter]:
         """Load the adapters that `train` wrote."""
@@ -149,7 +204,9 @@ def common_arguments(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--model", required=True, help="base model: directory or hub id")
     parser.add_argument("--data", type=Path, help="folder with the data sets' files (default: from the hub)")
     parser.add_argument("--out", type=Path, required=True, help="folder for stages and report")
-    parser.add_argument("--quick", action="store_true", help="one seed and few prompts: proves the way, no more")
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--quick", action="store_true", help="one seed and few prompts: proves the way, no more")
+    size.add_argument("--short", action="store_true", help="three seeds, fewer prompts, methods and scales: some hours")
     parser.add_argument("--seeds", type=int, nargs="+", help="seeds (default: those of the configuration)")
     parser.add_argument("--estimate-only", action="store_true", help="say how long it would take, and stop")
     return parser

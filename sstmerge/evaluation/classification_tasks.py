@@ -48,8 +48,28 @@ def _hub(
     return Source({"text": text, "label": label}, {"train": "train", "test": test}, hub_id, config, labels=numbered)
 
 
+def _tweets(name: str, question: str, labels: tuple[str, ...]) -> ClassificationTask:
+    """Return a task of TweetEval (Barbieri et al., 2010.12421), whose texts and labels are in files of their own."""
+    numbered = {str(number): label for number, label in enumerate(labels)}
+    files = {
+        kind: {split: f"{name}_{split}_{kind}.txt|{name}/{split}_{kind}.txt" for split in ("train", "test")}
+        for kind in ("text", "labels")
+    }
+    local = Source({n: n for n in LABELLED}, files["text"], labels=numbered, label_files=files["labels"])
+    hub = _hub("cardiffnlp/tweet_eval", labels, config=name)
+    template = question + '\n\n"{text}"\n\nAnswer with one word.'
+    return ClassificationTask(f"tweets-{name}", template, labels, "TweetEval, rules of Twitter", hub, local)
+
+
+def _commonsense(name: str, labels: tuple[str, ...], files: Mapping[str, str]) -> ClassificationTask:
+    """Return a task in the form of LLM-Adapters (Hu et al., 2304.01933): the instruction names the answers."""
+    source = Source({"text": "instruction", "label": "answer"}, files, labels={label: label for label in labels})
+    return ClassificationTask(name, "{text}", labels, "ODC-By", None, source)
+
+
 SENTIMENT = ("negative", "positive")
 GRADES = ("terrible", "bad", "okay", "good", "great")
+HATE = ("hateful", "offensive", "neither")
 AG_NEWS = ("world", "sports", "business", "technology")
 # The hub numbers TREC's classes otherwise than the file.
 TREC = ("description", "entity", "abbreviation", "human", "number", "location")
@@ -179,6 +199,38 @@ _ALL = (
             labels={"0": "no", "1": "yes"},
         ),
     ),
+    _tweets(
+        "emotion", "Does this tweet show anger, joy, optimism or sadness?", ("anger", "joy", "optimism", "sadness")
+    ),
+    _tweets("irony", "Is this tweet sincere or ironic?", ("sincere", "ironic")),
+    _tweets("hate", "Is this tweet harmless or hateful?", ("harmless", "hateful")),
+    _tweets("offensive", "Is this tweet polite or offensive?", ("polite", "offensive")),
+    ClassificationTask(
+        "hate-speech",
+        'Is this tweet hateful, offensive or neither?\n\n"{text}"\n\nAnswer with one word.',
+        HATE,
+        "Davidson et al. (1703.04009), MIT",
+        Source(
+            {"text": "tweet", "label": "class"},
+            {"all": "train"},
+            "tdavidson/hate_speech_offensive",
+            labels={str(number): label for number, label in enumerate(HATE)},
+        ),
+        Source(
+            {"text": "tweet", "label": "class"},
+            {"all": "davidson_hate_offensive.csv|labeled_data.csv"},
+            labels={str(number): label for number, label in enumerate(HATE)},
+        ),
+    ),
+    _commonsense("boolq", ("true", "false"), {"train": "boolq_train.json", "test": "boolq_test.json"}),
+    _commonsense(
+        "openbookqa",
+        ("answer1", "answer2", "answer3", "answer4"),
+        {"train": "openbookqa_train.json", "test": "openbookqa_test.json"},
+    ),
+    _commonsense("piqa", ("solution1", "solution2"), {"all": "piqa_test.json"}),
+    _commonsense("social-i-qa", ("answer1", "answer2", "answer3"), {"all": "social_i_qa_test.json"}),
+    _commonsense("winogrande", ("option1", "option2"), {"all": "winogrande_test.json"}),
 )
 CLASSIFICATION_TASKS: Mapping[str, ClassificationTask] = {row.name: row for row in _ALL}
 

@@ -30,6 +30,7 @@ class Source:
         member: Name of the list of rows in a .json file that holds an object.
         encoding: Encoding of a file.
         labels: Raw labels to the label words of a classification task.
+        label_files: File names, like those of `splits`, of files that hold the label of each line of the split's file.
     """
 
     fields: Mapping[str, str]
@@ -41,6 +42,7 @@ class Source:
     member: str | None = None
     encoding: str = "utf-8-sig"
     labels: Mapping[str, str] = field(default_factory=dict)
+    label_files: Mapping[str, str] = field(default_factory=dict)
 
 
 def source_rows(source: Source, split: str, *, name: str, data: Path | None) -> Iterator[tuple[str, Row]]:
@@ -65,6 +67,9 @@ def source_rows(source: Source, split: str, *, name: str, data: Path | None) -> 
     else:
         path = _find(data, source.splits[split].split("|"), name)
         origin, rows = path.name, _file_rows(path, source)
+        if source.label_files:
+            labels = _find(data, source.label_files[split].split("|"), name)
+            rows = _labelled_lines(path, labels, source.encoding)
     for number, row in rows:
         where = f"{origin}, row {number}"
         if all(str(row.get(column, "")) == value for column, value in source.where.items()):
@@ -132,20 +137,35 @@ def _file_rows(path: Path, source: Source) -> Iterator[tuple[int, Row]]:
         return
     if suffix not in SUFFIXES:
         raise DataError(f"{path.name} is no data set file: expected a {either(SUFFIXES)} file.")
-    try:
-        text = path.read_text(encoding=source.encoding)
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path.name} is not {source.encoding} text ({error.reason} at byte {error.start}); save it as UTF-8."
-        ) from error
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error}.") from error
+    text = _read(path, source.encoding)
     if suffix == ".json":
         yield from enumerate(_json_rows(text, path.name, source.member), start=1)
     elif suffix in (".csv", ".tsv"):
         yield from _table_rows(text, suffix, source.columns)
     else:
         yield from _line_rows(text, source.columns or ("prompt",))
+
+
+def _read(path: Path, encoding: str) -> str:
+    try:
+        return path.read_text(encoding=encoding)
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path.name} is not {encoding} text ({error.reason} at byte {error.start}); save it as UTF-8."
+        ) from error
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error}.") from error
+
+
+def _labelled_lines(texts: Path, labels: Path, encoding: str) -> Iterator[tuple[int, Row]]:
+    """Yield the lines of a file with the lines of the file of their labels."""
+    lines, marks = (_read(path, encoding).removesuffix("\n").split("\n") for path in (texts, labels))
+    if len(lines) != len(marks):
+        raise DataError(
+            f"{texts.name} has {len(lines)} lines, but {labels.name} has {len(marks)} labels: files of two versions."
+        )
+    for number, (text, label) in enumerate(zip(lines, marks, strict=True), start=1):
+        yield number, {"text": text, "label": label.strip()}
 
 
 def _json_rows(text: str, name: str, member: str | None) -> Iterator[Row]:

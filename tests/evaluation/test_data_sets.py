@@ -130,6 +130,21 @@ def test_tasks(tmp_path):
         load_task("cola", data=tmp_path)
 
 
+def test_texts_and_labels_in_files_of_their_own(tmp_path):
+    (tmp_path / "irony").mkdir()
+    texts, labels = tmp_path / "irony" / "test_text.txt", tmp_path / "irony" / "test_labels.txt"
+    texts.write_text("Great, rain \nA day\x85off\n", encoding="utf-8")
+    labels.write_text("1\n0", encoding="utf-8")
+    ironic, sincere = load_task("tweets-irony", data=tmp_path)
+    assert (ironic.response, sincere.response) == ("ironic", "sincere")
+    assert '"Great, rain"' in ironic.prompt
+    assert "A day\x85off" in sincere.prompt
+    assert sincere.source == "test_text.txt, row 2"
+    labels.write_text("1\n", encoding="utf-8")
+    with pytest.raises(DataError, match=r"test_text.txt has 2 lines, but test_labels.txt has 1 labels"):
+        load_task("tweets-irony", data=tmp_path)
+
+
 def test_hub_labels_of_trec_are_not_those_of_its_file(monkeypatch):
     rows = [{"text": "When ?", "coarse_label": 5}, {"text": "What is it ?", "coarse_label": 2}]
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, split: datasets.Dataset.from_list(rows))
