@@ -17,7 +17,7 @@ from pico_models import build_llama
 from sstmerge.adapters import CoreSpace
 from sstmerge.cli import main
 from sstmerge.errors import FisherError
-from sstmerge.fisher import Batch, Fisher, collect_fisher
+from sstmerge.fisher import Batch, Fisher, Sketch, collect_fisher, collect_sketch, save_sketch
 from sstmerge.fisher.distributed import Ranks
 from sstmerge.gevp import solve
 from sstmerge.pipeline.launch import joined_ranks
@@ -126,6 +126,29 @@ def collect_other_work(structure: str) -> bool:
     """Give every process another seed."""
     with joined_ranks() as ranks:
         collect_fisher(MODEL, BATCHES, SPACE, structure=structure, seed=ranks.rank, ranks=ranks)
+    return True
+
+
+def sketched(**options: Any) -> Sketch:
+    """Collect the case's sketch: 11 batches, more than its leaves."""
+    return collect_sketch(MODEL, BATCHES, rank=8, **options)
+
+
+def sketch_into(out: Path, pause: float = 0.0) -> bool:
+    """Sketch with checkpoints after every batch, in one process or several, and save."""
+    with joined_ranks() as ranks, opened_run(out, ranks=ranks, options=_every(1)) as run:
+        sketch = sketched(
+            ranks=ranks, checkpoint=run.checkpoint("sketch"), progress=lambda done, total: time.sleep(pause)
+        )
+        if ranks.first:
+            save_sketch(sketch, out)
+    return True
+
+
+def sketch_together(out: Path) -> bool:
+    """Sketch in all processes; every one saves what it got."""
+    with joined_ranks() as ranks:
+        save_sketch(sketched(ranks=ranks), out / f"{ranks.rank}.safetensors")
     return True
 
 

@@ -9,7 +9,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from functools import cache
 from multiprocessing import forkserver
 from pathlib import Path
@@ -45,7 +45,8 @@ class Started:
 
     def kill(self, number: int) -> None:
         if self.process.is_alive():
-            os.kill(self.process.pid, number)
+            with suppress(ProcessLookupError):  # it ended just now; its parent is the server, which has waited for it
+                os.kill(self.process.pid, number)
 
     def join(self, timeout: float = 90.0) -> dict[str, Any]:
         """Wait and return {"value"} or {"error", "message", "reported"}, with the exit code; {} if it was killed."""

@@ -301,6 +301,40 @@ def test_fingerprint_of_a_model_ignores_adapters_and_sees_weights(pico_llama):
     assert model_fingerprint(get_peft_model(model, LoraConfig(target_modules=["q_proj"]))) == own
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fingerprint_of_a_model_sees_every_bit(pico_llama, dtype):
+    # An MLP of 24 blocks and a rest, so that bits lie in all kinds of places.
+    model = pico_llama().to(dtype)
+    model.model.layers[0].mlp.up_proj.weight = torch.nn.Parameter(torch.randn(1000, 811).to(dtype))
+    weight, words = model.model.layers[0].mlp.up_proj.weight, {4: torch.int32, 2: torch.int16}[dtype.itemsize]
+    bits, sign = weight.detach().view(words).view(-1), torch.iinfo(words).min
+    seen = {model_fingerprint(model)}
+    places = [0, 1, 2, 3, 100_001, 811_000 // 2, len(bits) - 2, len(bits) - 1]
+    for number, place in enumerate(places):
+        for flipped in (1, sign):
+            with torch.no_grad():
+                bits[place] ^= flipped
+            seen.add(model_fingerprint(model))
+        assert len(seen) == 1 + 2 * (number + 1)
+    with torch.no_grad():  # two signs, which cancel out in a plain sum of words
+        bits[[50_003, 50_011]] ^= sign
+    assert model_fingerprint(model) not in seen
+    with torch.no_grad():
+        bits[[50_003, 50_011]] ^= sign
+        weight[[4, 5]] = weight[[5, 4]]
+    assert model_fingerprint(model) not in seen
+
+
+def test_fingerprint_of_a_model_is_not_remembered_too_long(pico_llama):
+    model = pico_llama()
+    own = model_fingerprint(model)
+    model.model.layers[0].mlp.up_proj.weight.data[:, ::3] = 0.0  # does not count as a write
+    changed = model_fingerprint(model)
+    assert changed != own
+    model.model.norm.weight = torch.nn.Parameter(model.model.norm.weight.detach().clone())
+    assert model_fingerprint(model) == changed
+
+
 def test_adapter_given_as_a_point(model, space):
     core = space.core("a") + 0.5 * space.core("b")
     assert_same_fisher(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -74,6 +75,37 @@ def test_a_killed_process_ends_a_launched_run(arguments, tmp_path):
     assert launcher.returncode == 2
     assert "Process 1 of 2 was killed by SIGKILL" in " ".join(said.split())
     assert "Traceback" not in said
+
+
+def json_lines(text):
+    """Return the events; every line must be one."""
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def test_launched_processes_write_whole_json_lines_and_one_of_them_speaks(arguments, tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "sstmerge",
+        *arguments,
+        "--out",
+        str(tmp_path / "f"),
+        "--launch",
+        "2",
+        "--log-json",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    events = json_lines(done.stderr)
+    assert [event["event"] for event in events[:1] + events[-2:]] == ["started", "wrote", "finished"]
+    assert {event["process"] for event in events} == {0}
+    last = [event for event in events if event["event"] == "progress" and "Fisher" in event["phase"]][-1]
+    assert last["done"] == last["total"] > 0  # of all processes
+    # The same command again: an error in both processes is one line.
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    (error,) = [event for event in json_lines(done.stderr) if event["event"] == "error"]
+    assert "exists already" in error["message"]
 
 
 def test_launching_twice_is_refused(monkeypatch):

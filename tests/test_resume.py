@@ -12,17 +12,26 @@ from itertools import count
 import pytest
 import torch
 from builders import write_rows
-from collection_cases import ADAPTERS, collect_and_die, collect_into, collected, command_line, hold
+from collection_cases import ADAPTERS, SPACE, collect_and_die, collect_into, collected, command_line, hold
 from processes import start, start_together, together, wait_until
 from safetensors.torch import load_file, save_file
 from test_distributed import assert_same_bits
 
-from sstmerge.errors import Interrupted
+from sstmerge.errors import Interrupted, SSTMergeError
 from sstmerge.fisher import Fisher
 from sstmerge.fisher.fisher import Counts
 from sstmerge.fisher.interruption import held_back, interruptible
-from sstmerge.fisher.partial_sums import PairwiseSum, Part, leaf_length
+from sstmerge.fisher.partial_sums import (
+    MOST_LARGE_SUMS,
+    MOST_LEAVES_OF_LARGE_SUMS,
+    PairwiseSum,
+    Part,
+    leaf_length,
+    most_leaves,
+)
 from sstmerge.fisher.structures import Structure
+from sstmerge.pipeline import answers
+from sstmerge.pipeline.run import opened_run
 
 
 def checkpoint_files(out):
@@ -161,6 +170,27 @@ def test_an_altered_fisher_file_is_named(tmp_path):
     path.write_bytes(content)
     with pytest.raises(Exception, match=r"f.safetensors' was altered or damaged: its contents do not match its hash"):
         Fisher.load(path, ADAPTERS)
+
+
+def test_equal_fishers_are_equal_files(tmp_path):
+    """The order of a file's texts is not left to a hash table."""
+    for number in range(6):
+        collected("diagonal").save(tmp_path / str(number))
+    assert len({(tmp_path / str(number)).read_bytes() for number in range(6)}) == 1
+    assert_same_bits(collected("diagonal"), Fisher.load(tmp_path / "0", ADAPTERS))
+
+
+@pytest.mark.parametrize(("name", "change"), [("space-*", "cut"), ("space-*", "altered"), ("answers-*", "altered")])
+def test_other_damaged_files_of_a_run_are_named(tmp_path, name, change):
+    with opened_run(tmp_path / "f") as run:
+        run.same_space(SPACE)
+        answers._keep(run, "0" * 16, {0: ["a cake"]})
+        (path,) = run.folder.glob(name)
+        content = path.read_bytes()
+        altered = content.replace(b"cake", b"lake") if b"cake" in content else content[:-1] + bytes([content[-1] ^ 1])
+        path.write_bytes(content[:-8] if change == "cut" else altered)
+        with pytest.raises(SSTMergeError, match=f"{path.name}' are damaged: .*--restart"):
+            run.same_space(SPACE) if name == "space-*" else answers._kept(run, "0" * 16)
 
 
 def test_fisher_files_without_a_hash_are_still_read(tmp_path):
@@ -307,6 +337,17 @@ def test_the_order_in_which_parts_come_changes_no_bit(leaves):
 
 
 def test_leaves_are_few_where_sums_are_large():
-    assert [leaf_length(Structure.BLOCK, n) for n in (1, 8, 9, 1000)] == [1, 1, 2, 125]
-    assert [leaf_length(Structure.KFAC, n) for n in (1, 64, 65, 10_000)] == [1, 1, 2, 157]
-    assert [leaf_length(Structure.GLOBAL, n) for n in (1, 10_000)] == [1, 1]
+    def lengths(most, *batches):
+        return [leaf_length(most, n) for n in batches]
+
+    assert lengths(most_leaves(Structure.BLOCK), 1, 8, 9, 1000) == [1, 1, 2, 125]
+    assert lengths(most_leaves(Structure.KFAC), 1, 64, 65, 10_000) == [1, 1, 2, 157]
+    assert lengths(most_leaves(Structure.GLOBAL), 1, 10_000) == [1, 1]
+
+
+def test_large_sums_are_few_in_memory():
+    tree, most = PairwiseSum(), 0
+    for leaf in range(MOST_LEAVES_OF_LARGE_SUMS):
+        most = max(most, len(tree.nodes) + 1)  # and the one that is being collected
+        tree.add((0, leaf), Part({"s": torch.ones(1)}, Counts.zero()))
+    assert most == MOST_LARGE_SUMS

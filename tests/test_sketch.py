@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
+import random
 import signal
-import subprocess
-import sys
-from pathlib import Path
+import time
+from itertools import count
 
 import pytest
 import torch
 from builders import GPT2_TARGETS, random_adapter, random_batch, relative_error, rows
+from collection_cases import sketch_into, sketch_together, sketched
 from peft import LoraConfig, get_peft_model
+from processes import start, start_together, together, wait_until
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.utils.checkpoint import checkpoint as recompute
@@ -21,6 +22,7 @@ from sstmerge import collect_fisher, collect_sketch, load_sketch, save_sketch, s
 from sstmerge.adapters import CoreSpace
 from sstmerge.errors import FisherError, InputError, Interrupted
 from sstmerge.fisher import sketch_collect
+from sstmerge.fisher.checkpoint import Checkpoint
 from sstmerge.fisher.sketch_plan import plan_sketch
 from sstmerge.fisher.sketch_sums import MomentSums, RandomSigns, ScoreSums, nystrom_factor, product_of, score_core
 
@@ -296,8 +298,7 @@ BATCHES = [rows(BATCH, chosen) for chosen in ([5, 1], [3], [0, 4], [2])]
 
 @pytest.mark.parametrize(("labels", "draws", "stop"), [("data", 1, 1), ("data", 1, 3), ("sampled", 2, 2)])
 def test_an_interrupted_collection_goes_on_to_the_same_bits(pico_llama, tmp_path, monkeypatch, labels, draws, stop):
-    model, path = pico_llama(), tmp_path / "part.safetensors"
-    options = {"rank": 8, "labels": labels, "draws": draws, "checkpoint_batches": 1}
+    model, options = pico_llama(), {"rank": 8, "labels": labels, "draws": draws}
     unbroken = collect_sketch(model, BATCHES, **options)
 
     def interrupt(done, total):
@@ -305,19 +306,18 @@ def test_an_interrupted_collection_goes_on_to_the_same_bits(pico_llama, tmp_path
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        collect_sketch(model, BATCHES, checkpoint=path, progress=interrupt, **options)
+        collect_sketch(model, BATCHES, checkpoint=Checkpoint(tmp_path, batches=1), progress=interrupt, **options)
     collected, add_to = [], sketch_collect._SketchedBatch.add_to
     monkeypatch.setattr(
         sketch_collect._SketchedBatch, "add_to", lambda self, *a: collected.append(self.batch) or add_to(self, *a)
     )
-    resumed = collect_sketch(model, BATCHES, checkpoint=path, **options)
+    resumed = collect_sketch(model, BATCHES, checkpoint=Checkpoint(tmp_path), **options)
     assert_same_tensors(unbroken, resumed)
     assert resumed.counts.tokens.tolist() == unbroken.counts.tokens.tolist()
     assert len(collected) == len(BATCHES) - stop  # what was done is not done again
 
 
 def test_a_signal_ends_with_the_batch_and_saves_it(pico_llama, tmp_path):
-    path = tmp_path / "part.safetensors"
     unbroken = collect_sketch(pico_llama(), BATCHES, rank=8)
 
     model = pico_llama()
@@ -328,49 +328,66 @@ def test_a_signal_ends_with_the_batch_and_saves_it(pico_llama, tmp_path):
 
     handle = model.model.layers[1].mlp.register_forward_pre_hook(stop_in_the_third_batch)
     with pytest.raises(Interrupted, match="SIGTERM"):
-        collect_sketch(model, BATCHES, rank=8, checkpoint=path, checkpoint_minutes=None)
+        collect_sketch(model, BATCHES, rank=8, checkpoint=Checkpoint(tmp_path, minutes=None))
     handle.remove()
-    assert path.exists()
-    assert_same_tensors(unbroken, collect_sketch(model, BATCHES, rank=8, checkpoint=path))
+    assert len(list(tmp_path.iterdir())) == 1
+    assert_same_tensors(unbroken, collect_sketch(model, BATCHES, rank=8, checkpoint=Checkpoint(tmp_path)))
 
 
-KILLED = """
-import os, signal, sys
-sys.path.insert(0, sys.argv[1])
-from pico_models import build_llama
-from test_sketch import BATCHES
-from sstmerge import collect_sketch
+def test_killed_sketches_end_with_the_same_bits(tmp_path):
+    """In the middle of a leaf, in the middle of a saving, before the first one, by one process after another."""
+    unbroken, chance, out = sketched(), random.Random(0), tmp_path / "s.safetensors"
+    for kills in count():
+        process = start(tmp_path / "process", sketch_into, out, 0.02)
+        if kills < 6:
+            time.sleep(chance.uniform(0.0, 0.15))
+            process.kill(signal.SIGKILL)
+        outcome = process.join()
+        if outcome["exit"] == 0:
+            break
+        assert outcome["exit"] == -9, outcome
+    assert kills >= 2
+    assert_same_tensors(unbroken, load_sketch(out))
+    assert not out.with_name("s.safetensors.checkpoint").exists()
 
-def kill(done, total):
-    if done >= 4:
-        os.kill(os.getpid(), signal.SIGKILL)
 
-collect_sketch(build_llama(0, False), BATCHES, rank=8, checkpoint=sys.argv[2], checkpoint_batches=2, progress=kill)
-"""
+@pytest.mark.parametrize("size", [2, 3])
+def test_the_bits_of_a_sketch_do_not_depend_on_the_number_of_processes(tmp_path, size):
+    outcomes = together(tmp_path, size, sketch_together, tmp_path)
+    assert all(outcome["value"] for outcome in outcomes)
+    for rank in range(size):  # all of them get the sketch
+        assert_same_tensors(sketched(), load_sketch(tmp_path / f"{rank}.safetensors"))
 
 
-@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="SIGKILL is a signal of POSIX systems")
-def test_a_killed_collection_goes_on_to_the_same_bits(pico_llama, tmp_path):
-    path = tmp_path / "part.safetensors"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    arguments = [sys.executable, "-c", KILLED, str(Path(__file__).parent), str(path)]
-    killed = subprocess.run(arguments, env=environment, capture_output=True, text=True, check=False)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
-    assert path.exists()
-    resumed = collect_sketch(pico_llama(), BATCHES, rank=8, checkpoint=path, checkpoint_batches=2)
-    assert_same_tensors(collect_sketch(pico_llama(), BATCHES, rank=8), resumed)
+def test_another_number_of_processes_goes_on_with_a_sketch(tmp_path):
+    out = tmp_path / "s.safetensors"
+    started, store = start_together(tmp_path, 2, sketch_into, out, 0.05)
+    folder = tmp_path / "s.safetensors.checkpoint"
+    wait_until(lambda: len(list(folder.glob("sketch/start-*.safetensors"))) == 2)
+    started[1].kill(signal.SIGKILL)
+    started[0].kill(signal.SIGKILL)
+    assert -9 in [process.join()["exit"] for process in started]
+    del store
+    assert start(tmp_path / "last", sketch_into, out).join()["value"]
+    assert_same_tensors(sketched(), load_sketch(out))
 
 
 def test_a_checkpoint_of_something_else_is_refused(pico_llama, tmp_path):
-    model, path = pico_llama(), tmp_path / "part.safetensors"
-    collect_sketch(model, BATCHES, rank=8, checkpoint=path, checkpoint_batches=1)
-    for change in ({"rank": 9}, {"seed": 1}, {"labels": "sampled"}, {"targets": ("q_proj",)}):
-        options = {"rank": 8, "checkpoint": path} | change
-        with pytest.raises(FisherError, match="beginning of another sketch"):
-            collect_sketch(model, BATCHES, **options)
-    for batches, model_ in ((BATCHES[::-1], model), (BATCHES[:2], model), (BATCHES, pico_llama(seed=1))):
-        with pytest.raises(FisherError, match="beginning of another sketch"):
-            collect_sketch(model_, batches, rank=8, checkpoint=path)
+    model = pico_llama()
+    collect_sketch(model, BATCHES, rank=8, checkpoint=Checkpoint(tmp_path, batches=1))
+    changes = {
+        "rank": {"rank": 9},
+        "seed": {"seed": 1},
+        "labels": {"labels": "sampled"},
+        "layers": {"targets": ("q_proj",)},
+    }
+    for word, change in changes.items():
+        with pytest.raises(FisherError, match=f"belongs to another collection: .*{word} is "):
+            collect_sketch(model, BATCHES, checkpoint=Checkpoint(tmp_path), **{"rank": 8, **change})
+    others = {"batches": (BATCHES[::-1], model), "data": (BATCHES[:2], model), "model": (BATCHES, pico_llama(seed=1))}
+    for word, (batches, model_) in others.items():
+        with pytest.raises(FisherError, match=f"belongs to another collection: .*{word} is "):
+            collect_sketch(model_, batches, rank=8, checkpoint=Checkpoint(tmp_path))
 
 
 # ---- files and refusals --------------------------------------------------------------------------------------------------
@@ -399,6 +416,16 @@ def test_files_that_are_no_sketch_are_refused(sketch, space, tmp_path):
     sketch.project(space).save(tmp_path / "fisher")
     with pytest.raises(FisherError, match="not a sketch that sstmerge wrote"):
         load_sketch(tmp_path / "fisher")
+
+
+def test_an_altered_sketch_is_named(sketch, tmp_path):
+    path = tmp_path / "s.safetensors"
+    save_sketch(sketch, path)
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(FisherError, match=r"s.safetensors' was altered or damaged: its contents do not match its hash"):
+        load_sketch(path)
 
 
 def test_damaged_sketches_are_refused(sketch, space, tmp_path):
@@ -463,7 +490,6 @@ def test_sketches_that_do_not_fit_are_not_added(model, sketch, pico_llama):
         ({"rank": 0}, "at least 1, but is 0"),
         ({"labels": "guessed"}, "Unknown labels"),
         ({"draws": 2}, "more only for sampled labels"),
-        ({"checkpoint_batches": 0}, "checkpoint_batches must be at least 1"),
         ({"targets": ("lm_head",)}, "output head is never sketched"),
         ({"targets": ("banana_proj",)}, "'banana_proj' is no linear layer"),
     ],

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import signal
 
 import pytest
 import torch
-from builders import write_peft_adapter
-from safetensors.torch import load_file
+from builders import write_peft_adapter, write_rows
+from collection_cases import command_line
+from processes import start, together, wait_until
 
 from sstmerge import load_sketch
 from sstmerge.adapters import load_adapter
@@ -94,30 +96,46 @@ def test_the_command_says_what_it_costs_and_inspect_what_it_holds(monkeypatch, j
     assert json.loads(capsys.readouterr().out)["rank"] == int(FULL_RANK)
 
 
-def test_a_stopped_command_goes_on(monkeypatch, job, tmp_path):
-    shared = ("sketch", "--base", job["base"], "--data", job["harm.jsonl"], "--labels", "data", "--rank", "8")
-    shared = (*shared, "--tokens-per-batch", "40", "--checkpoint-batches", "1")
-    assert run(monkeypatch, *shared, "--out", str(tmp_path / "whole")) == 0
-    from sstmerge.fisher import sketch_collect
+@pytest.fixture
+def long_job(job, tmp_path):
+    """A sketch on the command line that takes a while; its prompts have no responses, so that it answers them first."""
+    rows = [{"prompt": f"steal {i}"} for i in range(3)]
+    rows += [{"prompt": f"steal {i}", "response": f"I won't steal {i}, nor {i + 1}."} for i in range(20)]
+    return [
+        *("sketch", "--base", job["base"], "--data", str(write_rows(tmp_path / "rows.jsonl", rows)), "--rank", "8"),
+        *("--labels", "sampled", "--completion-tokens", "4", "--tokens-per-batch", "64", "--device", "cpu"),
+        *("--checkpoint-batches", "1"),
+    ]
 
-    write, written = sketch_collect.write_checkpoint, []
 
-    def stop_after_two(*arguments):
-        write(*arguments)
-        written.append(arguments)
-        if len(written) == 2:
-            raise KeyboardInterrupt
+def test_stopped_and_launched_commands_give_the_same_bits(long_job, tmp_path):
+    out = {name: tmp_path / name for name in ("whole", "resumed", "launched")}
+    assert start(tmp_path / "p0", command_line, *long_job, "--out", str(out["whole"])).join()["exit"] == 0
+    process = start(tmp_path / "p1", command_line, *long_job, "--out", str(out["resumed"]))
+    kept = tmp_path / "resumed.checkpoint" / "sketch"
+    wait_until(lambda: any(kept.glob("start-*.safetensors")) or not process.process.is_alive())
+    process.kill(signal.SIGINT)
+    assert process.join()["exit"] == 130
+    assert not out["resumed"].exists()
+    words = " ".join((tmp_path / "p1" / "output.txt").read_text().split())
+    assert f"What was collected is kept in '{out['resumed']}.checkpoint'; the same command goes on" in words
+    assert start(tmp_path / "p2", command_line, *long_job, "--out", str(out["resumed"])).join()["exit"] == 0
+    assert not kept.parent.exists()
+    outcomes = together(tmp_path / "p3", 2, command_line, *long_job, "--out", str(out["launched"]))
+    assert [outcome["exit"] for outcome in outcomes] == [0, 0]
+    words = [" ".join((tmp_path / "p3" / f"process{rank}" / "output.txt").read_text().split()) for rank in range(2)]
+    assert "sketch of rank 8 of 23 sequences" in words[0]
+    assert words[1] == ""
+    assert out["whole"].read_bytes() == out["resumed"].read_bytes() == out["launched"].read_bytes()
 
-    monkeypatch.setattr(sketch_collect, "write_checkpoint", stop_after_two)
-    monkeypatch.setattr("sys.argv", ["sstmerge", *shared, "--out", str(tmp_path / "resumed")])
-    with pytest.raises((KeyboardInterrupt, SystemExit)):
-        main()
-    assert not (tmp_path / "resumed").exists()
-    assert (tmp_path / "resumed.checkpoint" / "sketch.safetensors").exists()
-    assert run(monkeypatch, *shared, "--out", str(tmp_path / "resumed")) == 0
-    assert not (tmp_path / "resumed.checkpoint").exists()
-    whole, resumed = load_file(tmp_path / "whole"), load_file(tmp_path / "resumed")
-    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+def test_sums_that_cannot_fit_are_refused(monkeypatch, job, tmp_path, capsys):
+    sizes = iter([1e12, 100.0])  # the model fits, the sums do not
+    monkeypatch.setattr("sstmerge.pipeline.process_memory._meminfo_available", lambda: next(sizes))
+    shared = ("--base", job["base"], "--data", job["harm.jsonl"], "--labels", "data", "--out", str(tmp_path / "s"))
+    assert run(monkeypatch, "sketch", *shared) == 2
+    assert "partial sums of the sketch" in said(capsys)
+    assert not (tmp_path / "s").exists()
 
 
 def test_sketches_of_different_models_are_refused(

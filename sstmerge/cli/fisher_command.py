@@ -81,6 +81,7 @@ def fisher(
     config: ConfigOption = None,
 ) -> None:
     """Collect one Fisher and save it, to be used by any number of merges."""
+    fail_on(out.exists() and not overwrite, f"'{out}' exists already; choose another name or pass --overwrite.")
     in_processes(launch)
     from sstmerge.fisher.convergence import convergence_sentence
     from sstmerge.pipeline.calibration import CollectionOptions
@@ -88,7 +89,6 @@ def fisher(
     from sstmerge.pipeline.launch import own_device
     from sstmerge.pipeline.models import load_model, load_tokenizer
 
-    fail_on(out.exists() and not overwrite, f"'{out}' exists already; choose another name or pass --overwrite.")
     options = CollectionOptions(
         structure=structure,
         reference=reference,

@@ -49,6 +49,20 @@ def check_memory(context: typer.Context) -> None:
     estimate.refuse_if_too_large(available_bytes(), ignore=bool(context.meta.get(_IGNORED)))
 
 
+def check_sums(context: typer.Context, size: float) -> None:
+    """Refuse sums that do not fit beside a model that is loaded already.
+
+    Args:
+        context: The command's context.
+        size: Their bytes.
+    """
+    from sstmerge.pipeline.memory_estimate import Estimate
+    from sstmerge.pipeline.process_memory import available_bytes
+
+    estimate = Estimate({"partial sums of the sketch": size})
+    estimate.refuse_if_too_large(available_bytes(), ignore=bool(context.meta.get(_IGNORED)))
+
+
 def _rows(given: Mapping[str, Any]) -> int:
     """Return the number of scores that `global` keeps: one per sequence, draw of labels and reference point."""
     from sstmerge.pipeline.calibration import load_all

@@ -59,6 +59,7 @@ class JsonLog:
             "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
             "event": name,
             **fields,
+            **_own_process(),
             "memory_bytes": resident_bytes(),
             "peak_memory_bytes": peak_bytes(),
         }
@@ -93,6 +94,11 @@ class JsonLog:
         )
 
 
+def _own_process() -> dict[str, int]:
+    """Return which process of several speaks; nothing where there is one."""
+    return {"process": int(os.environ["RANK"])} if "RANK" in os.environ else {}
+
+
 class RateColumn(ProgressColumn):
     """Tokens per second, or pieces of work per second."""
 
@@ -118,6 +124,15 @@ def log_as_json(wanted: bool) -> None:
         os.environ.update(_SWITCHED_OFF)
         logging.captureWarnings(True)
         logging.basicConfig(handlers=[_JsonHandler()], level=logging.WARNING, force=True)
+
+
+def leave_speaking_to_the_first() -> None:
+    """Keep this process's results and bars, also those of other libraries, from the terminal; errors and warnings stay."""
+    from transformers.utils.logging import disable_progress_bar
+
+    os.environ.update(_SWITCHED_OFF)
+    disable_progress_bar()  # where transformers has read the environment already
+    console.quiet = True
 
 
 class _JsonHandler(logging.Handler):

@@ -13,7 +13,7 @@ import typer
 
 from sstmerge.cli.app import fail_on
 from sstmerge.cli.recording import recorded
-from sstmerge.cli.reporting import console, progress_bars
+from sstmerge.cli.reporting import leave_speaking_to_the_first, progress_bars
 
 if TYPE_CHECKING:
     from sstmerge.pipeline.progress import Progress
@@ -81,6 +81,6 @@ def running(context: typer.Context, out: Path) -> Iterator[tuple[Run, Progress]]
             stack.enter_context(recorded(context, out))
             progress = stack.enter_context(progress_bars())
         else:
-            console.quiet = True
+            leave_speaking_to_the_first()
         kept = given["checkpoint"]
         yield stack.enter_context(opened_run(out, ranks=ranks, options=options)) if kept else Run(ranks), progress

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from sstmerge.cli.app import ConfigOption, app, fail_on
+from sstmerge.cli.memory_check import check_sums
 from sstmerge.cli.merge_commands import (
     Device,
     Draws,
@@ -22,7 +23,15 @@ from sstmerge.cli.merge_commands import (
     TokensPerBatch,
 )
 from sstmerge.cli.reporting import console, warn
-from sstmerge.cli.running import CheckpointBatches, Checkpointing, CheckpointMinutes, Restart, running
+from sstmerge.cli.running import (
+    CheckpointBatches,
+    Checkpointing,
+    CheckpointMinutes,
+    Launch,
+    Restart,
+    in_processes,
+    running,
+)
 
 
 @app.command()
@@ -50,6 +59,7 @@ def sketch(
     device: Device = None,
     quantization: Quantization = None,
     seed: Seed = 0,
+    launch: Launch = None,
     checkpoint: Checkpointing = True,
     checkpoint_minutes: CheckpointMinutes = 5.0,
     checkpoint_batches: CheckpointBatches = None,
@@ -58,12 +68,15 @@ def sketch(
     config: ConfigOption = None,
 ) -> None:
     """Sketch a base model once; `merge` and `curve` take it as --gain or --cost for any adapters, without data."""
+    fail_on(out.exists() and not overwrite, f"'{out}' exists already; choose another name or pass --overwrite.")
+    in_processes(launch)
+    from sstmerge.fisher.partial_sums import MOST_LARGE_SUMS
     from sstmerge.fisher.sketch_plan import SketchPlan
     from sstmerge.pipeline.calibration import CollectionOptions
+    from sstmerge.pipeline.launch import own_device
     from sstmerge.pipeline.models import load_model, load_tokenizer
     from sstmerge.pipeline.sketch_job import sketch_file
 
-    fail_on(out.exists() and not overwrite, f"'{out}' exists already; choose another name or pass --overwrite.")
     options = CollectionOptions(
         reference="base",
         response_tokens=response_tokens,
@@ -75,10 +88,15 @@ def sketch(
     )
 
     def announce(plan: SketchPlan) -> None:
-        console.print(f"Sketching {len(plan.layers)} layers with rank {rank}: {plan.bytes / 1e6:,.1f} MB of sums.")
+        check_sums(context, MOST_LARGE_SUMS * plan.bytes)
+        console.print(
+            f"Sketching {len(plan.layers)} layers with rank {rank}: a file of {plan.bytes / 1e6:,.1f} MB, and up to "
+            f"{MOST_LARGE_SUMS} times as much in memory."
+        )
         for name, reason in plan.left_out.items():
             warn(f"'{name}' is left out: {reason}.")
 
+    device = device or own_device()
     with running(context, out) as (run, progress):
         collected = sketch_file(
             lambda: (load_model(base, dtype=dtype, device=device, quantization=quantization), load_tokenizer(base)),

@@ -17,14 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from sstmerge.atomic import atomic_file
 from sstmerge.errors import FisherError
 from sstmerge.fisher.distributed import Ranks
-from sstmerge.fisher.fingerprints import content_hash
 from sstmerge.fisher.partial_sums import Node, Part, leaves_of
+from sstmerge.fisher.tensor_file import load_hashed, save_hashed
 from sstmerge.fisher.work import Collected
 
 _METADATA_KEY = "sstmerge_checkpoint"
@@ -109,14 +108,14 @@ class Checkpoint:
 
     def unfinished(self, leaf: int) -> Part:
         """Return the sum over the first batches of a leaf that was begun."""
-        tensors = self._tensors(self._begun[leaf][1])
+        tensors = _tensors(self._begun[leaf][1])
         return Part.from_tensors(tensors, "unfinished/")
 
     def earlier(self) -> dict[Node, Part]:
         """Return all complete parts of earlier starts that this process is to bring in."""
         parts: dict[Node, Part] = {}
         for path in self._own_earlier:
-            tensors, nodes = self._tensors(path), self._contents(path).nodes
+            tensors, nodes = _tensors(path), self._contents(path).nodes
             parts |= {(level, index): Part.from_tensors(tensors, f"{level}.{index}/") for level, index in nodes}
         return parts
 
@@ -126,7 +125,7 @@ class Checkpoint:
         by_time = self._seconds is not None and time.monotonic() - self._saved_at >= self._seconds
         return by_time or (self._every is not None and self._batches >= self._every)
 
-    def save(self, collected: Collected) -> None:
+    def save(self, collected: Collected[Any]) -> None:
         """Replace this process's file by what it has collected since it started.
 
         Args:
@@ -145,16 +144,15 @@ class Checkpoint:
                 "unfinished": None if rest is None else rest[:2],
             }
         )
-        tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
         with atomic_file(self._path) as temporary:
-            save_file(tensors, temporary, metadata={_METADATA_KEY: header, "sha256": content_hash(tensors, header)})
+            save_hashed(tensors, temporary, {_METADATA_KEY: header})
             _flush_to_disk(temporary)
         self._saved_at, self._batches = time.monotonic(), 0
 
     def _contents(self, path: Path) -> _Contents:
         match = _FILE_NAME.fullmatch(path.name)
         try:
-            header = json.loads(self._metadata(path)[_METADATA_KEY])
+            header = json.loads(_description(path))
             recorded = dict(header["configuration"])
             nodes = tuple((int(level), int(index)) for level, index in header["nodes"])
             rest = None if header["unfinished"] is None else tuple(map(int, header["unfinished"]))
@@ -171,26 +169,24 @@ class Checkpoint:
             )
         return _Contents(path, int(match["start"]), nodes, None if rest is None else (rest[0], rest[1]))
 
-    def _metadata(self, path: Path) -> dict[str, str]:
-        try:
-            with safe_open(path, framework="pt") as file:
-                metadata: dict[str, str] = file.metadata() or {}
-        except (SafetensorError, OSError) as error:
-            raise _damaged(path, str(error)) from error
-        if not {_METADATA_KEY, "sha256"} <= set(metadata):
-            raise _damaged(path, "it has no description")
-        return metadata
 
-    def _tensors(self, path: Path) -> dict[str, Tensor]:
-        metadata = self._metadata(path)
-        try:
-            with safe_open(path, framework="pt") as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
-        except (SafetensorError, OSError) as error:
-            raise _damaged(path, str(error)) from error
-        if content_hash(tensors, metadata[_METADATA_KEY]) != metadata["sha256"]:
-            raise _damaged(path, "its contents do not match its hash")
-        return tensors
+def _description(path: Path) -> str:
+    """Return what a file says about itself, without reading its tensors."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata: dict[str, str] = file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise _damaged(path, str(error)) from error
+    if _METADATA_KEY not in metadata:
+        raise _damaged(path, "it has no description")
+    return metadata[_METADATA_KEY]
+
+
+def _tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_hashed(path, _METADATA_KEY)[0]
+    except ValueError as error:
+        raise _damaged(path, str(error)) from error
 
 
 def _damaged(path: Path, reason: str) -> FisherError:

@@ -21,7 +21,8 @@ from sstmerge.fisher.distributed import Ranks
 from sstmerge.fisher.fingerprints import content_hash, data_fingerprint, layout_fingerprint, model_fingerprint
 from sstmerge.fisher.fisher import Fisher
 from sstmerge.fisher.head import Head
-from sstmerge.fisher.placement import input_device, is_sharded
+from sstmerge.fisher.partial_sums import most_leaves
+from sstmerge.fisher.placement import input_device, refuse_shared_sharding
 from sstmerge.fisher.points import reference_points
 from sstmerge.fisher.shared_work import SharedWork
 from sstmerge.fisher.structures import (
@@ -96,11 +97,7 @@ def collect_fisher(
     sharing = _parse_sharing(weight_sharing)
     _check_options(kind, labels, draws, basis, batches)
     ranks = ranks or Ranks()
-    if ranks.size > 1 and is_sharded(model):
-        raise InputError(
-            "The base model is sharded over the processes, so that each pass needs all of them, and they cannot share the "
-            "batches out. Collect without ranks in all processes (all get the same Fisher), or with an unsharded base."
-        )
+    refuse_shared_sharding(model, ranks)
     home = reference_space or space
     points = reference_points(reference, home) if isinstance(reference, str) else [reference]
     recorded = {
@@ -116,7 +113,7 @@ def collect_fisher(
     }
     shapes = [group.core_shape for group in space.groups]
     work = SharedWork(
-        all_items(kind, len(points), len(batches)),
+        all_items(most_leaves(kind), len(points), len(batches)),
         batches,
         partial(Accumulator, kind, shapes, weight_sharing=sharing, basis=basis, device=input_device(model)),
         ranks=ranks,

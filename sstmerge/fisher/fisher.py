@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from sstmerge.adapters import Adapter, CoreSpace
@@ -20,10 +19,10 @@ from sstmerge.errors import FisherError
 from sstmerge.fisher.contents import COUNTS, check_tensors, parse_header, parse_space
 from sstmerge.fisher.fingerprints import content_hash
 from sstmerge.fisher.structures import KroneckerBasis, Structure
+from sstmerge.fisher.tensor_file import HASH_KEY, save_hashed
 from sstmerge.untrusted import read_tensor_headers
 
 _METADATA_KEY = "sstmerge_fisher"
-_HASH_KEY = "sha256"
 _FORMAT = 1
 # What two Fishers must have in common to be added.
 _SAME_KIND = ("labels", "reference", "model", "weight_sharing", "response_tokens")
@@ -258,17 +257,12 @@ class Fisher:
         Args:
             path: File to write; an existing one is replaced.
         """
-        tensors = {name: tensor.contiguous() for name, tensor in self.statistics.items()}
+        tensors = dict(self.statistics)
         tensors |= {f"counts.{name}": getattr(self.counts, name) for name in Counts.__dataclass_fields__}
         tensors |= self.space.basis_tensors()
         header = json.dumps({"format": _FORMAT, "structure": self.structure.value, "metadata": dict(self.metadata)})
-        space = self.space.basis_description()
         with atomic_file(path) as temporary:
-            save_file(
-                tensors,
-                temporary,
-                metadata={_METADATA_KEY: header, "space": space, _HASH_KEY: content_hash(tensors, header, space)},
-            )
+            save_hashed(tensors, temporary, {_METADATA_KEY: header, "space": self.space.basis_description()})
 
     @classmethod
     def load(cls, path: str | Path, adapters: Sequence[Adapter]) -> Fisher:
@@ -330,7 +324,7 @@ def _read(path: str | Path) -> tuple[dict[str, Any], str, dict[str, Tensor]]:
     if any(bool((tensors[f"counts.{name}"] < 0).any()) for name in COUNTS):
         raise FisherError(f"{where} is damaged: it counts fewer than no sequences; collect this Fisher again.")
     # Files of versions before 0.1.0 have no hash and are read without this check.
-    recorded = metadata.get(_HASH_KEY)
+    recorded = metadata.get(HASH_KEY)
     if recorded is not None and recorded != content_hash(tensors, metadata[_METADATA_KEY], metadata["space"]):
         raise FisherError(
             f"{where} was altered or damaged: its contents do not match its hash; collect this Fisher again."

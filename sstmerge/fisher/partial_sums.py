@@ -10,31 +10,49 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from sstmerge.errors import FisherError
 from sstmerge.fisher.fisher import Counts
-from sstmerge.fisher.structures import Accumulator, Structure
+from sstmerge.fisher.structures import Structure
 
-# Leaves of a collection. Partial sums that wait for their siblings are as many as the tree is deep, plus one: for `block`,
-# whose sums are gigabytes, four. `global` keeps every sequence anyway and adds little; there, a leaf is a batch.
-_MOST_LEAVES = {Structure.BLOCK: 8, Structure.GLOBAL: None}
+# Leaves of a collection. Partial sums that wait for their siblings are as many as the tree is deep, plus one: for `block`
+# and sketches, whose sums are gigabytes, four. `global` keeps every sequence anyway and adds little; a leaf is a batch.
+MOST_LEAVES_OF_LARGE_SUMS = 8
+MOST_LARGE_SUMS = MOST_LEAVES_OF_LARGE_SUMS.bit_length()
 _MOST_LEAVES_OF_SMALL_SUMS = 64
+_MOST_LEAVES = {Structure.BLOCK: MOST_LEAVES_OF_LARGE_SUMS, Structure.GLOBAL: None}
 
 # A node of the tree: (level, index) holds the leaves from index · 2^level to (index + 1) · 2^level.
 Node = tuple[int, int]
 
 
-def leaf_length(structure: Structure, batches: int) -> int:
+class Sums(Protocol):
+    """What adds up batches: an `Accumulator`, or the taps of a sketch."""
+
+    @property
+    def sums(self) -> dict[str, Tensor]:
+        """The sums so far, by name; the tensors themselves."""
+
+    def statistics(self) -> dict[str, Tensor]:
+        """Return the sums, and all else that was kept, on the CPU."""
+
+
+def most_leaves(structure: Structure) -> int | None:
+    """Return how many leaves a Fisher of a structure has at most; None for one per batch."""
+    return _MOST_LEAVES.get(structure, _MOST_LEAVES_OF_SMALL_SUMS)
+
+
+def leaf_length(most: int | None, batches: int) -> int:
     """Return how many consecutive batches make a leaf.
 
     Args:
-        structure: The structure.
+        most: Leaves at most; None for one per batch.
         batches: Number of batches in all.
     """
-    most = _MOST_LEAVES.get(structure, _MOST_LEAVES_OF_SMALL_SUMS)
     return 1 if most is None else -(-batches // most)
 
 
@@ -43,7 +61,7 @@ class Part:
     """What some consecutive batches add to a Fisher.
 
     Attributes:
-        sums: Statistics by name, on the CPU, as `Accumulator.sums`.
+        sums: Statistics by name, on the CPU, as `Sums.sums`.
         rows: For `global`, the scores (n, D) and the split halves (n,) of every batch, in order.
         counts: What was seen.
     """
@@ -53,7 +71,7 @@ class Part:
     rows: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
     @classmethod
-    def of(cls, accumulator: Accumulator, counts: Counts) -> Part:
+    def of(cls, accumulator: Sums, counts: Counts) -> Part:
         """Take what an accumulator holds; on a CPU the part shares its memory."""
         statistics = accumulator.statistics()
         rows = [(statistics["scores"], statistics["score_half"])] if "scores" in statistics else []

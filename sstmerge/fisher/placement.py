@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sstmerge.errors import InputError
+from sstmerge.fisher.distributed import Ranks
 
 
 def input_device(model: nn.Module) -> torch.device:
@@ -70,6 +71,23 @@ def base_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def is_sharded(model: nn.Module) -> bool:
     """Return whether weights are spread over processes (FSDP2), so that a pass needs all of them together."""
     return any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
+
+
+def refuse_shared_sharding(model: nn.Module, ranks: Ranks) -> None:
+    """Refuse processes that are to share out batches although their model needs all of them for each.
+
+    Args:
+        model: The base model.
+        ranks: The processes.
+
+    Raises:
+        InputError: If it is sharded over them.
+    """
+    if ranks.size > 1 and is_sharded(model):
+        raise InputError(
+            "The base model is sharded over the processes, so that each pass needs all of them, and they cannot share the "
+            "batches out. Collect without ranks in all processes (all get the same result), or with an unsharded base."
+        )
 
 
 def _plain(name: str) -> str:

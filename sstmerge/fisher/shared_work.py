@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, Generic
 
 from torch import Tensor
 
@@ -15,16 +15,16 @@ from sstmerge.fisher.distributed import Ranks
 from sstmerge.fisher.fisher import Counts
 from sstmerge.fisher.interruption import held_back, interrupted_by
 from sstmerge.fisher.partial_sums import PairwiseSum, Part
-from sstmerge.fisher.structures import Accumulator
-from sstmerge.fisher.work import Collected, Item, sequences_of, share
+from sstmerge.fisher.work import Collected, Item, SumsT, sequences_of, share
 
 
-class SharedWork:
+class SharedWork(Generic[SumsT]):
     """One process's part of a collection.
 
     Args:
         items: All items of the collection.
         batches: The batches.
+        new_accumulator: Makes an empty accumulator.
         ranks: The processes.
         checkpoint: Where to save and to go on from, if anywhere.
         configuration: All that decides the result, by name; JSON. Asked for only where it is compared.
@@ -38,7 +38,7 @@ class SharedWork:
         self,
         items: Sequence[Item],
         batches: Sequence[Batch],
-        new_accumulator: Callable[[], Accumulator],
+        new_accumulator: Callable[[], SumsT],
         *,
         ranks: Ranks,
         checkpoint: Checkpoint | None,

@@ -1,11 +1,8 @@
-"""Collecting a sketch of a base model: one pass over the data, which can be interrupted and taken up again."""
+"""Collecting a sketch of a base model: one pass over the data, shared among processes, interrupted and taken up again."""
 
 from __future__ import annotations
 
-import hashlib
-import time
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,18 +12,20 @@ import sstmerge
 from sstmerge.errors import FisherError, InputError
 from sstmerge.fisher.batch import Batch
 from sstmerge.fisher.batch_scores import FLOAT16_SCALE, BatchScores
-from sstmerge.fisher.checkpoint import DEFAULT_MINUTES
-from sstmerge.fisher.fingerprints import data_fingerprint, model_fingerprint
+from sstmerge.fisher.checkpoint import Checkpoint
+from sstmerge.fisher.distributed import Ranks
+from sstmerge.fisher.fingerprints import data_fingerprint, layout_fingerprint, model_fingerprint
 from sstmerge.fisher.fisher import Counts
 from sstmerge.fisher.head import Head, label_scores
-from sstmerge.fisher.interruption import held_back, interruptible
-from sstmerge.fisher.placement import input_device
-from sstmerge.fisher.sketch import Sketch, score_cores
-from sstmerge.fisher.sketch_file import read_checkpoint, write_checkpoint
+from sstmerge.fisher.partial_sums import MOST_LEAVES_OF_LARGE_SUMS
+from sstmerge.fisher.placement import input_device, refuse_shared_sharding
+from sstmerge.fisher.shared_work import SharedWork
+from sstmerge.fisher.sketch import INPUT, OUTPUT, Sketch, score_cores
 from sstmerge.fisher.sketch_plan import SketchPlan, plan_sketch
 from sstmerge.fisher.sketch_sums import nystrom_factor, residual_of
 from sstmerge.fisher.sketch_taps import BatchRows, SketchTaps, installed_sketch_taps
 from sstmerge.fisher.taps import Taps, frozen
+from sstmerge.fisher.work import all_items
 
 
 def collect_sketch(
@@ -38,14 +37,15 @@ def collect_sketch(
     draws: int = 1,
     seed: int = 0,
     targets: Sequence[str] | None = None,
-    checkpoint: str | Path | None = None,
-    checkpoint_minutes: float | None = DEFAULT_MINUTES,
-    checkpoint_batches: int | None = None,
     metadata: dict[str, Any] | None = None,
     announce: Callable[[SketchPlan], None] | None = None,
     progress: Callable[[int, int], None] | None = None,
+    ranks: Ranks | None = None,
+    checkpoint: Checkpoint | None = None,
 ) -> Sketch:
     """Collect a sketch of a base model, to be projected later into the core space of any adapters.
+
+    As in `collect_fisher`, neither the number of processes nor an interruption changes a bit.
 
     Args:
         model: A causal language model from transformers, or a `peft.PeftModel`, whose adapters are switched off; used in
@@ -56,14 +56,13 @@ def collect_sketch(
         draws: Draws of the labels per forward pass, for `sampled`.
         seed: Seed of the test matrices and of the sampled labels. Sketches that are to be added need the same.
         targets: Last names of the layers to sketch; by default all linear layers but the output head.
-        checkpoint: File that the sums are written to while data pass, and when the run is stopped. Where it exists
-            already, the collection goes on from there, and the result has the bits of an unbroken one. It stays; remove
-            it when the sketch is saved.
-        checkpoint_minutes: Minutes between two savings; None saves by batches alone.
-        checkpoint_batches: Batches between two savings; None saves by time alone.
         metadata: Further entries of the result's metadata.
         announce: Called with the plan, its memory and the layers left out, before the data pass begins.
-        progress: Called with the numbers of sequences done and in all.
+        progress: Called with the numbers of sequences done, by all processes, and in all.
+        ranks: The processes that share the work; all must call this function with the same arguments, and all get the
+            result. This process alone by default.
+        checkpoint: Where to save what was collected, and to go on from. With one, SIGINT and SIGTERM save it and raise
+            `Interrupted`.
 
     Returns:
         The sketch.
@@ -71,9 +70,10 @@ def collect_sketch(
     Raises:
         InputError: If an option is unusable, or the data hold no response token.
         FisherError: If scores are not finite, a layer received no gradient, or the checkpoint belongs to something else.
-        Interrupted: If SIGINT or SIGTERM came; the checkpoint holds every batch up to then.
     """
-    _check_options(labels, draws, checkpoint_batches, batches)
+    _check_options(labels, draws, batches)
+    ranks = ranks or Ranks()
+    refuse_shared_sharding(model, ranks)
     plan = plan_sketch(model, batches, rank=rank, seed=seed, targets=targets, scores=labels == "data")
     if announce is not None:
         announce(plan)
@@ -89,28 +89,30 @@ def collect_sketch(
         "left_out": plan.left_out,
         **(metadata or {}),
     }
-    identity = {**recorded, "rank": rank, "layers": sorted(plan.layers), "batches": _cut(batches)}
-    done, counts, total = 0, Counts.zero(), sum(len(batch.index) for batch in batches)
     head, device = Head(model), input_device(model)
     projecting = Taps([])  # none: nothing is projected
-    saved_at, saved_after = time.monotonic(), 0
-    with frozen(model), installed_sketch_taps(model, plan) as taps, interruptible():
-        if checkpoint is not None and Path(checkpoint).exists():
-            done, counts = read_checkpoint(checkpoint, identity, taps.tensors())
-        for number, batch in enumerate(batches, start=1):
-            if number > done:
-                with held_back() as signal:
-                    counts = counts + _SketchedBatch(model, head, projecting, batch.to(device), seed).add_to(
-                        taps, labels, draws
-                    )
-                    by_time = checkpoint_minutes is not None and time.monotonic() - saved_at >= 60 * checkpoint_minutes
-                    by_number = checkpoint_batches is not None and number - saved_after >= checkpoint_batches
-                    if checkpoint is not None and (by_time or by_number or signal() is not None):
-                        write_checkpoint(checkpoint, identity, taps.tensors(), counts, number)
-                        saved_at, saved_after = time.monotonic(), number
-            if progress is not None:
-                progress(sum(len(b.index) for b in batches[:number]), total)
-        return Sketch(plan.layers, plan.signs, _finished(taps, plan), counts, recorded)
+    with frozen(model), installed_sketch_taps(model, plan) as taps:
+        work = SharedWork(
+            all_items(MOST_LEAVES_OF_LARGE_SUMS, 1, len(batches)),
+            batches,
+            taps.cleared,
+            ranks=ranks,
+            checkpoint=checkpoint,
+            configuration=lambda: {
+                "rank": rank,
+                **recorded,
+                "layers": sorted(plan.layers),
+                "batches": layout_fingerprint(batches),
+                "device": device.type,
+            },
+        )
+        with work.signals_held_back() as signalled:
+            for item in work.items_in_turn(signalled, progress):
+                batch = _SketchedBatch(model, head, projecting, batches[item.batch].to(device), seed)
+                work.collected.add(item, batch.add_to(work.collected.accumulator(item), labels, draws))
+        devices = taps.devices
+    sums, counts = work.total(progress)
+    return Sketch(plan.layers, plan.signs, _finished(sums, plan, devices, ranks), counts, recorded)
 
 
 class _SketchedBatch(BatchScores):
@@ -132,43 +134,45 @@ class _SketchedBatch(BatchScores):
         return counts
 
 
-def _finished(taps: SketchTaps, plan: SketchPlan) -> dict[str, Tensor]:
-    """Turn sums into factors, one at a time, on the CPU."""
-    tensors: dict[str, Tensor] = {}
-    for tap in taps.taps.values():
-        for name, tensor in tap.tensors().items():
-            if not bool(torch.isfinite(tensor).all()):
-                raise FisherError(
-                    f"The scores of layer '{tap.name}' are not finite ({name}): the model overflows in its dtype on these "
-                    "data. Load it in bfloat16 or float32."
-                )
-        for side, sums in (("input", tap.input), ("output", tap.output)):
-            if sums is not None:
-                factor = nystrom_factor(sums.product, plan.signs)
-                residual = residual_of(factor, sums.diagonal)
-                tensors |= {f"{side}_factor.{tap.name}": factor.cpu(), f"{side}_residual.{tap.name}": residual.cpu()}
-        if tap.score is not None:
-            tensors |= {
-                f"score_left.{tap.name}": tap.score.left.cpu(),
-                f"score_right.{tap.name}": tap.score.right.cpu(),
-            }
-        tensors[f"input_count.{tap.name}"] = tap.input_count
-    return tensors | score_cores(tensors, plan.signs)
+def _finished(
+    sums: Mapping[str, Tensor], plan: SketchPlan, devices: Mapping[str, torch.device], ranks: Ranks
+) -> dict[str, Tensor]:
+    """Turn sums into factors, one layer at a time; every process does some layers, and all get all of them."""
+    own: dict[str, Tensor] = {}
+    for name in list(plan.layers)[ranks.rank :: ranks.size]:
+        own |= _finished_layer(name, sums, plan, devices[name])
+    everything = {name: tensor for part in ranks.gather(own) for name, tensor in part.items()}
+    return ranks.broadcast(everything)
 
 
-def _check_options(labels: str, draws: int, checkpoint_batches: int | None, batches: Sequence[Batch]) -> None:
+def _finished_layer(name: str, sums: Mapping[str, Tensor], plan: SketchPlan, device: torch.device) -> dict[str, Tensor]:
+    kinds = ("input_product", "input_diagonal", "output_product", "output_diagonal", "score_left", "score_right")
+    of_layer = {kind: sums[f"{kind}.{name}"] for kind in kinds if f"{kind}.{name}" in sums}
+    for kind, tensor in of_layer.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise FisherError(
+                f"The scores of layer '{name}' are not finite ({kind}.{name}): the model overflows in its dtype on these "
+                "data. Load it in bfloat16 or float32."
+            )
+    tensors = {f"input_count.{name}": sums[f"input_count.{name}"]}
+    for side in (INPUT, OUTPUT):
+        if f"{side}_product" in of_layer:
+            product, diagonal = (of_layer[f"{side}_{kind}"].to(device) for kind in ("product", "diagonal"))
+            factor = nystrom_factor(product, plan.signs)
+            residual = residual_of(factor, diagonal)
+            tensors |= {f"{side}_factor.{name}": factor.cpu(), f"{side}_residual.{name}": residual.cpu()}
+    if "score_left" in of_layer:
+        scores = {f"{kind}.{name}": of_layer[kind] for kind in ("score_left", "score_right")}
+        tensors |= scores | score_cores(scores, plan.signs)
+    return tensors
+
+
+def _check_options(labels: str, draws: int, batches: Sequence[Batch]) -> None:
     if labels not in ("data", "sampled"):
         raise InputError(f"Unknown labels '{labels}'; expected 'data' or 'sampled'.")
     if draws < 1 or (draws > 1 and labels == "data"):
         raise InputError(
             f"draws={draws} with labels='{labels}': expected at least 1, and more only for sampled labels."
         )
-    if checkpoint_batches is not None and checkpoint_batches < 1:
-        raise InputError(f"checkpoint_batches must be at least 1, but is {checkpoint_batches}.")
     if not any(bool(batch.loss_mask.any()) for batch in batches):
         raise InputError("The data hold no response token, so there is no loss and no score; give rows with responses.")
-
-
-def _cut(batches: Sequence[Batch]) -> str:
-    """Return a SHA-256 of how the data are cut into batches, which decides the order of the additions."""
-    return hashlib.sha256(repr([batch.index.tolist() for batch in batches]).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""Sketches and unfinished collections as files: safetensors with JSON metadata, written atomically."""
+"""Sketches as files: safetensors with JSON metadata, written atomically."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from sstmerge.atomic import atomic_file
 from sstmerge.errors import FisherError
+from sstmerge.fisher.fingerprints import content_hash
 from sstmerge.fisher.fisher import Counts
 from sstmerge.fisher.sketch import INPUT, OUTPUT, Sketch, SketchedLayer, layer_entries, layers_from
 from sstmerge.fisher.sketch_sums import RandomSigns, score_rank
+from sstmerge.fisher.tensor_file import HASH_KEY, save_hashed
 from sstmerge.untrusted import parse_json
 
-_SKETCH_KEY, _CHECKPOINT_KEY = "sstmerge_sketch", "sstmerge_sketch_checkpoint"
+_SKETCH_KEY = "sstmerge_sketch"
 _FORMAT = 1
 
 
@@ -46,11 +46,13 @@ def save_sketch(sketch: Sketch, path: str | Path) -> None:
         "layers": layer_entries(sketch.layers),
         "metadata": dict(sketch.metadata),
     }
-    _write(path, {**sketch.tensors, **_count_tensors(sketch.counts)}, _SKETCH_KEY, header)
+    counts = {f"counts.{name}": getattr(sketch.counts, name) for name in Counts.__dataclass_fields__}
+    with atomic_file(path) as temporary:
+        save_hashed({**sketch.tensors, **counts}, temporary, {_SKETCH_KEY: json.dumps(header)})
 
 
 def load_sketch(path: str | Path) -> Sketch:
-    """Read a sketch. Its tensors stay on the disk until they are used.
+    """Read a sketch. Its tensors are read once, for their hash, and stay on the disk until they are used.
 
     Args:
         path: File that `save_sketch` wrote.
@@ -61,7 +63,7 @@ def load_sketch(path: str | Path) -> Sketch:
     Raises:
         FisherError: If the file is damaged or something else.
     """
-    header, tensors = _read(path, _SKETCH_KEY, "a sketch that sstmerge wrote")
+    header, tensors = _read(path)
     counts = _take_counts(tensors, path)
     layers = _checked_layers(header, tensors, path)
     return Sketch(layers, RandomSigns(header["rank"], header["seed"]), tensors, counts, header["metadata"])
@@ -113,7 +115,7 @@ def sketch_header(path: str | Path) -> dict[str, Any]:
     Returns:
         Rank, seed, layers, metadata, counts and tensor shapes.
     """
-    header, tensors = _read(path, _SKETCH_KEY, "a sketch that sstmerge wrote")
+    header, tensors = _read(path)
     counts = _take_counts(tensors, path)
     _checked_layers(header, tensors, path)
     return {
@@ -123,79 +125,25 @@ def sketch_header(path: str | Path) -> dict[str, Any]:
     }
 
 
-def write_checkpoint(
-    path: str | Path, identity: Mapping[str, Any], sums: Mapping[str, Tensor], counts: Counts, batches: int
-) -> None:
-    """Write an unfinished collection.
-
-    Args:
-        path: File to write; an existing one is replaced.
-        identity: What the collection is of; one of another identity will be refused.
-        sums: The sums so far.
-        counts: What was seen.
-        batches: Number of batches done.
-    """
-    header = {"format": _FORMAT, "identity": dict(identity), "batches": batches}
-    on_cpu = {name: tensor.cpu() for name, tensor in sums.items()}
-    _write(path, {**on_cpu, **_count_tensors(counts)}, _CHECKPOINT_KEY, header)
-
-
-def read_checkpoint(path: str | Path, identity: Mapping[str, Any], sums: Mapping[str, Tensor]) -> tuple[int, Counts]:
-    """Take up an unfinished collection.
-
-    Args:
-        path: File that `write_checkpoint` wrote.
-        identity: What the collection is of.
-        sums: Tensors that its sums are copied into.
-
-    Returns:
-        Number of batches done, and what was seen in them.
-
-    Raises:
-        FisherError: If the file is damaged, or of another collection.
-    """
-    header, tensors = _read(path, _CHECKPOINT_KEY, "an unfinished sketch")
-    # As JSON would give it back: tuples are lists there.
-    wanted = json.loads(json.dumps(dict(identity)))
-    different = sorted(key for key in wanted if header["identity"].get(key) != wanted[key])
-    if different:
-        raise FisherError(
-            f"'{path}' is the beginning of another sketch (it differs in {', '.join(different)}); finish that one with "
-            "the options and data it was begun with, or delete the file to begin anew."
-        )
-    counts = _take_counts(tensors, path)
-    wrong = [name for name, t in sums.items() if name not in tensors or tensors[name].shape != t.shape]
-    if wrong:
-        raise FisherError(f"'{path}' is damaged: it lacks '{wrong[0]}' in its shape; delete it to begin anew.")
-    with torch.no_grad():
-        for name, tensor in sums.items():
-            tensor.copy_(tensors[name])
-    return int(header["batches"]), counts
-
-
-def _write(path: str | Path, tensors: Mapping[str, Tensor], key: str, header: Mapping[str, Any]) -> None:
-    with atomic_file(path) as temporary:
-        save_file({n: t.contiguous() for n, t in tensors.items()}, temporary, metadata={key: json.dumps(header)})
-
-
-def _read(path: str | Path, key: str, what: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _read(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
     except (SafetensorError, OSError) as error:
         raise FisherError(f"'{path}' is not a readable safetensors file: {error}.") from error
-    if key not in metadata:
-        raise FisherError(f"'{path}' is a safetensors file, but not {what}.")
-    header = parse_json(metadata[key], f"The description of '{path}'", FisherError)
+    if _SKETCH_KEY not in metadata:
+        raise FisherError(f"'{path}' is a safetensors file, but not a sketch that sstmerge wrote.")
+    header = parse_json(metadata[_SKETCH_KEY], f"The description of '{path}'", FisherError)
     if not isinstance(header, dict) or header.get("format") != _FORMAT:
         found = header.get("format") if isinstance(header, dict) else header
         raise FisherError(f"'{path}' has sketch format {found!r:.40}; this version reads format {_FORMAT}.")
+    # Files of earlier versions have no hash.
+    if HASH_KEY in metadata and content_hash(tensors, metadata[_SKETCH_KEY]) != metadata[HASH_KEY]:
+        raise FisherError(
+            f"'{path}' was altered or damaged: its contents do not match its hash; collect this sketch again."
+        )
     return header, tensors
-
-
-def _count_tensors(counts: Counts) -> dict[str, Tensor]:
-    return {f"counts.{name}": getattr(counts, name) for name in Counts.__dataclass_fields__}
 
 
 def _take_counts(tensors: dict[str, Tensor], path: str | Path) -> Counts:

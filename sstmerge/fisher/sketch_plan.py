@@ -42,7 +42,7 @@ class SketchPlan:
 
     @property
     def bytes(self) -> int:
-        """Memory of all sums, and size of the file up to a few per cent."""
+        """Memory of one set of sums (a process holds up to `MOST_LARGE_SUMS`); size of the file to a few per cent."""
         width, total = torch.finfo(self.dtype).bits // 8, 0
         for name, layer in self.layers.items():
             sides = [layer.outputs, layer.inputs] if layer.input_of == name else [layer.outputs]

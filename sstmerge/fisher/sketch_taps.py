@@ -79,10 +79,15 @@ class SketchTap:
         self.taps = taps
         self.calls = 0
         self.read: Identity | None = None
+        self._layer, self._plan = layer, plan
+        self.clear()
+
+    def clear(self) -> None:
+        """Begin new sums; those so far are left to whoever holds them."""
+        layer, plan, device = self._layer, self._plan, self.taps.devices[self.name]
         self.input_count = torch.zeros(2, dtype=torch.float64)
-        device = taps.devices[name]
         self.output = MomentSums(layer.outputs, plan.signs, plan.dtype, device)
-        self.input = None if owner else MomentSums(layer.inputs, plan.signs, plan.dtype, device)
+        self.input = None if self.owner is not self else MomentSums(layer.inputs, plan.signs, plan.dtype, device)
         self.score = ScoreSums(layer.outputs, layer.inputs, plan.signs, plan.dtype, device) if plan.scores else None
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
@@ -119,7 +124,7 @@ class SketchTap:
                 self.score.add(delta, tested, weighted)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return the sums by name; the tensors themselves, so that a checkpoint can be copied into them."""
+        """Return the sums by name; the tensors themselves."""
         named = {"output_product": self.output.product, "output_diagonal": self.output.diagonal}
         named["input_count"] = self.input_count
         if self.input is not None:
@@ -190,9 +195,20 @@ class SketchTaps:
                     "off, or name the layers to sketch without it."
                 )
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Return all sums by name."""
+    def cleared(self) -> SketchTaps:
+        """Begin new sums and return the taps, as what adds up the next batches (`sstmerge.fisher.partial_sums.Sums`)."""
+        for tap in self.taps.values():
+            tap.clear()
+        return self
+
+    @property
+    def sums(self) -> dict[str, Tensor]:
+        """All sums by name; the tensors themselves, so that those of a checkpoint can be copied into them."""
         return {name: tensor for tap in self.taps.values() for name, tensor in tap.tensors().items()}
+
+    def statistics(self) -> dict[str, Tensor]:
+        """Return all sums, on the CPU."""
+        return {name: tensor.cpu() for name, tensor in self.sums.items()}
 
 
 @contextmanager

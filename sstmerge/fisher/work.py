@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 from sstmerge.fisher.batch import Batch
 from sstmerge.fisher.fisher import Counts
-from sstmerge.fisher.partial_sums import PairwiseSum, Part, leaf_length
-from sstmerge.fisher.structures import Accumulator, Structure
+from sstmerge.fisher.partial_sums import PairwiseSum, Part, Sums, leaf_length
+
+SumsT = TypeVar("SumsT", bound=Sums)
 
 
 @dataclass(frozen=True)
@@ -30,16 +32,16 @@ class Item:
     last: bool
 
 
-def all_items(structure: Structure, points: int, batches: int) -> list[Item]:
+def all_items(most_leaves: int | None, points: int, batches: int) -> list[Item]:
     """Return all items in order, point after point.
 
     Args:
-        structure: The structure, which decides how long leaves are.
+        most_leaves: Leaves at most; None for one per item.
         points: Number of reference points.
         batches: Number of batches.
     """
     total = points * batches
-    length = leaf_length(structure, total)
+    length = leaf_length(most_leaves, total)
     return [
         Item(*divmod(number, batches), *divmod(number, length), last=(number + 1) % length == 0 or number + 1 == total)
         for number in range(total)
@@ -75,7 +77,7 @@ def sequences_of(items: Iterable[Item], batches: Sequence[Batch]) -> int:
     return sum(len(batches[item.batch].index) for item in items)
 
 
-class Collected:
+class Collected(Generic[SumsT]):
     """What a process has collected so far.
 
     Args:
@@ -83,17 +85,15 @@ class Collected:
         unfinished: Leaves that an earlier run began, which this one goes on with.
     """
 
-    def __init__(
-        self, new_accumulator: Callable[[], Accumulator], unfinished: Mapping[int, Part] | None = None
-    ) -> None:
+    def __init__(self, new_accumulator: Callable[[], SumsT], unfinished: Mapping[int, Part] | None = None) -> None:
         self.sum = PairwiseSum()
         self._new_accumulator = new_accumulator
         self._begun = dict(unfinished or {})
-        self._accumulator: Accumulator | None = None
+        self._accumulator: SumsT | None = None
         self._counts = Counts.zero()
         self._leaf, self._done = -1, 0
 
-    def accumulator(self, item: Item) -> Accumulator:
+    def accumulator(self, item: Item) -> SumsT:
         """Return the accumulator that an item, the next one, is added to."""
         if self._accumulator is None:
             self._leaf, self._counts = item.leaf, Counts.zero()

@@ -84,9 +84,12 @@ def _kept(run: Run, key: str, process: str = "*") -> dict[int, list[str]]:
     kept: dict[int, list[str]] = {}
     for path in sorted(run.folder.glob(f"answers-{key}-{process}.json")) if run.folder is not None else []:
         try:
-            kept |= {int(number): [str(text) for text in texts] for number, texts in json.loads(path.read_text())}
-        except (OSError, ValueError, TypeError) as error:
-            raise DataError(f"'{path}' is damaged ({error}); start anew with --restart.") from error
+            content = json.loads(path.read_text())
+            if _hash(content["answers"]) != content["sha256"]:
+                raise ValueError("its contents do not match its hash")
+            kept |= {int(number): [str(text) for text in texts] for number, texts in content["answers"]}
+        except (OSError, ValueError, TypeError, LookupError) as error:
+            raise DataError(f"The answers in '{path}' are damaged: {error}. Start anew with --restart.") from error
     return kept
 
 
@@ -96,4 +99,8 @@ def _keep(run: Run, key: str, answers: dict[int, list[str]]) -> None:
         return
     merged = _kept(run, key, str(run.ranks.rank)) | answers
     with atomic_file(run.folder / f"answers-{key}-{run.ranks.rank}.json") as temporary:
-        temporary.write_text(json.dumps(list(merged.items())))
+        temporary.write_text(json.dumps({"answers": list(merged.items()), "sha256": _hash(list(merged.items()))}))
+
+
+def _hash(answers: Any) -> str:
+    return hashlib.sha256(json.dumps(answers).encode()).hexdigest()

@@ -68,9 +68,9 @@ def collect_file(
     kronecker = _basis(basis, space, options)
     reference_points(options.reference, space)
     examples = load_all(data, split=split, limit=limit)
-    model, tokenizer = load()
     if labels == "data" and any(example.response is None for example in examples):
         raise InputError("labels='data' needs a response in every row; these are what the Fisher measures.")
+    model, tokenizer = load()
     examples = complete(
         model,
         tokenizer,

@@ -10,19 +10,20 @@ from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from sstmerge.adapters import CoreSpace
 from sstmerge.atomic import atomic_file
-from sstmerge.errors import InputError, Interrupted, OutputError
+from sstmerge.errors import FisherError, InputError, Interrupted, OutputError
 from sstmerge.fisher.checkpoint import DEFAULT_MINUTES, Checkpoint
 from sstmerge.fisher.distributed import Ranks
 from sstmerge.fisher.fingerprints import content_hash
+from sstmerge.fisher.tensor_file import load_hashed, save_hashed
 
 _LOCK = "lock"
 _SPACE = "space-{}.safetensors"
 # What a run folder may hold; nothing else in it is ever removed.
-_OURS = re.compile(r"(start-\d+-process-\d+|space-[0-9a-f]+|sketch)\.safetensors|answers-[0-9a-f]+-\d+\.json|\..*\.tmp")
+_OURS = re.compile(r"(start-\d+-process-\d+|space-[0-9a-f]+)\.safetensors|answers-[0-9a-f]+-\d+\.json|\..*\.tmp")
 
 
 @dataclass(frozen=True)
@@ -89,10 +90,10 @@ class Run:
         if self.folder is not None and self.ranks.first:
             path = self.folder / _SPACE.format(content_hash({}, description)[:16])
             if path.exists():
-                bases = load_file(path)
+                bases = _kept_bases(path)
             else:
                 with atomic_file(path) as temporary:
-                    save_file(bases, temporary)
+                    save_hashed(bases, temporary, {})
         return CoreSpace.from_basis(space.adapters, description, self.ranks.broadcast(bases))
 
 
@@ -129,6 +130,15 @@ def opened_run(
             raise told from error
         ranks.exchange("")  # no process removes what another one still reads
         _clear(folder)
+
+
+def _kept_bases(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_hashed(path)[0]
+    except ValueError as error:
+        raise FisherError(
+            f"The bases of the run in '{path}' are damaged: {error}. Start anew with --restart."
+        ) from error
 
 
 def _holds_work(folder: Path) -> bool:

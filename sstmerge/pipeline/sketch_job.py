@@ -19,8 +19,6 @@ from sstmerge.pipeline.progress import Progress, no_progress, token_progress
 from sstmerge.pipeline.run import Run
 from sstmerge.prompts import Example, completions_missing, with_responses
 
-_CHECKPOINT = "sketch.safetensors"
-
 
 def sketch_file(
     load: Callable[[], tuple[nn.Module, Any]],
@@ -51,7 +49,8 @@ def sketch_file(
         limit: Keep the first so many rows of each file.
         announce: Called with what will be collected, before the data pass begins.
         progress: Progress.
-        run: The folder where the sums are kept while data pass (`sstmerge.pipeline.run.opened_run`); one process only.
+        run: The processes that share the work, all of which call this function and of which the first one writes, and
+            the folder where they keep what is collected (`sstmerge.pipeline.run.opened_run`).
 
     Returns:
         The sketch, which is saved too.
@@ -61,11 +60,6 @@ def sketch_file(
     """
     if labels not in ("data", "sampled"):
         raise InputError(f"Unknown labels '{labels}'; expected 'data' or 'sampled'.")
-    if run.ranks.size > 1:
-        raise InputError(
-            f"A sketch is collected by one process, but there are {run.ranks.size}; collect one sketch per part of the data "
-            "and add them (Python: sketch + sketch)."
-        )
     examples = load_all(data, split=split, limit=limit)
     if labels == "data" and any(example.response is None for example in examples):
         raise InputError("labels='data' needs a response in every row; these are what the sketch measures.")
@@ -80,14 +74,14 @@ def sketch_file(
         draws=options.draws if labels == "sampled" else 1,
         seed=options.seed,
         targets=targets,
-        checkpoint=None if run.folder is None else run.folder / _CHECKPOINT,
-        checkpoint_minutes=run.options.minutes,
-        checkpoint_batches=run.options.batches,
         metadata={"response_tokens": options.response_tokens},
-        announce=announce,
+        announce=announce if run.ranks.first else None,
         progress=token_progress(f"sketch of rank {rank} ({labels} labels)", batches, progress),
+        ranks=run.ranks,
+        checkpoint=run.checkpoint("sketch"),
     )
-    save_sketch(sketch, out)
+    if run.ranks.first:
+        save_sketch(sketch, out)
     return sketch
 
 
