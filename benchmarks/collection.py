@@ -1,6 +1,6 @@
 """Cost of collecting a Fisher against the bare passes and against the peers: time, memory, profiles, in one run.
 
-    python benchmarks/collection.py [--threads 1 2] [--out benchmarks/results/NAME.json] [--profile FOLDER]
+    python benchmarks/collection.py [--threads 1 2] [--out benchmarks/results/NAME.json]
     python benchmarks/collection.py --base MODEL        the demo's adapters and benign prompts on a model of its shapes
 
 Without --base: random Llamas (hidden 512 with six layers, hidden 1024 with two; vocabulary 2000), two random adapters of
@@ -16,7 +16,8 @@ repetition, of process CPU times, so that other work on the machine counts littl
 and are named in the result: a peer's K-FAC is of lora_A and lora_B apart, in full dimension; ours is of the weight change
 in the span of both adapters. EK-FAC of the peers takes two passes, the covariances and the squares in their eigenbasis
 (whose computation is not counted); their row is the sum. Peak memory is the growth of the resident set's maximum in a fresh
-process, over what the loaded model takes (Linux only).
+process, over what the loaded model takes (Linux only). Rows that end in `of the modules` collect in the best modules of a
+pilot; what that saves is compared with what the pilot takes.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sstmerge.fisher import collect_fisher
+from sstmerge.merging import module_filter
 
 Call = Callable[[], object]
 BARS = ("bare", "activations, base", "activations, base, our head", "activations, PEFT", "dattri LoGra hook")
@@ -54,13 +56,25 @@ SUMS = {
     "kronfluence EK-FAC": ("kronfluence K-FAC", "kronfluence EK-FAC, second pass"),
     "bergson EK-FAC": ("bergson K-FAC", "bergson EK-FAC, second pass"),
 }
-PROFILED = ("activations, base", "sstmerge kfac at base", "sstmerge global at adapter", "sstmerge diagonal at base")
+FILTERED = {0.5: "half of the modules", 0.25: "a quarter of the modules"}
+# Sequences of each kind in the pilot of a module filter, as `CollectionOptions.pilot` has it.
+PILOT = 16
 
 
 def collection(work: Workload, *, structure: str, reference: str, labels: str = "data") -> Call:
     point = "base" if reference == "base" else work.adapters[0].name
     model, space = work.model, work.space
     return lambda: collect_fisher(model, work.batches, space, structure=structure, labels=labels, reference=point)
+
+
+def filtered(work: Workload, *, structure: str, modules: float) -> Call:
+    """Build a collection in the best modules of a pilot, which is not part of the call."""
+    pilot = [
+        collect_fisher(work.model, work.batches, work.space, structure="diagonal", labels=labels, reference="base")
+        for labels in ("data", "sampled")
+    ]
+    space = module_filter(*pilot, modules=modules).space
+    return lambda: collect_fisher(work.model, work.batches, space, structure=structure, labels="data", reference="base")
 
 
 def builders() -> dict[str, tuple[str, Callable[[Workload], Call]]]:
@@ -82,6 +96,10 @@ def builders() -> dict[str, tuple[str, Callable[[Workload], Call]]]:
             rows[f"sstmerge {structure} at {reference}"] = (what, build)
     sampled = partial(collection, structure="kfac", reference="base", labels="sampled")
     rows["sstmerge kfac at base, sampled"] = (objects["kfac"] + ", true Fisher", sampled)
+    for share, words in FILTERED.items():
+        for structure in ("kfac", "global"):
+            build = partial(filtered, structure=structure, modules=share)
+            rows[f"sstmerge {structure} at base, {words}"] = (objects[structure], build)
     return rows | {name: (what, build) for name, what, build in PEERS}
 
 
@@ -118,6 +136,7 @@ def measure(work: Workload, repetitions: int, wanted: list[str]) -> dict[str, ob
             for times in (cpu, wall):
                 times[name] = [sum(values) for values in zip(*(times[part] for part in parts), strict=True)]
     objects = {name: what for name, (what, _) in builders().items()}
+    sequences = sum(len(batch.index) for batch in work.batches)
     return {
         "model": work.name,
         "threads": torch.get_num_threads(),
@@ -132,8 +151,32 @@ def measure(work: Workload, repetitions: int, wanted: list[str]) -> dict[str, ob
             }
             for name, times in cpu.items()
         },
+        "module_filter": filter_savings(cpu, sequences),
         "skipped": skipped,
     }
+
+
+def filter_savings(cpu: dict[str, list[float]], sequences: int) -> dict[str, dict[str, float | None]]:
+    """Return what a module filter saves of a collection, and how many sequences pay for its pilot, by row.
+
+    The pilot is `diagonal`, in all modules, over `PILOT` sequences of each kind.
+    """
+    if "sstmerge diagonal at base" not in cpu:
+        return {}
+    pilot = 2 * PILOT * statistics.median(cpu["sstmerge diagonal at base"]) / sequences
+    savings = {}
+    for words in FILTERED.values():
+        for structure in ("kfac", "global"):
+            name = f"sstmerge {structure} at base"
+            if f"{name}, {words}" in cpu:
+                share = ratio(cpu[f"{name}, {words}"], cpu[name])
+                saved = (1 - share) * statistics.median(cpu[name]) / sequences
+                savings[f"{name}, {words}"] = {
+                    "pilot_cpu_s": pilot,
+                    "saves": 1 - share,
+                    "pays_from_sequences": pilot / saved if saved > 0 else None,
+                }
+    return savings
 
 
 def ratio(times: list[float], bar: list[float]) -> float:
@@ -169,30 +212,7 @@ def _status(field: str) -> int:
     return int(next(line for line in lines if line.startswith(field + ":")).split()[1])
 
 
-# ---- profiles --------------------------------------------------------------------------------------------------------
-
-
-def write_profiles(work: Workload, folder: Path) -> None:
-    """Write the operations that take the most time in some rows, as text and JSON, by torch.profiler."""
-    from torch.profiler import ProfilerActivity, profile
-
-    folder.mkdir(parents=True, exist_ok=True)
-    for row in PROFILED:
-        call = builders()[row][1](work)
-        call()
-        with profile(activities=[ProfilerActivity.CPU]) as recorded:
-            call()
-        averages = recorded.key_averages()
-        stem = f"{work.name} {row}".replace(", ", " ").replace(" ", "-")
-        table = averages.table(sort_by="self_cpu_time_total", row_limit=15, max_name_column_width=48)
-        (folder / f"{stem}.txt").write_text(table + "\n", encoding="utf-8")
-        total = sum(event.self_cpu_time_total for event in averages)
-        top = sorted(averages, key=lambda event: -event.self_cpu_time_total)[:15]
-        operations = [
-            {"operation": event.key, "share": event.self_cpu_time_total / total, "calls": event.count} for event in top
-        ]
-        content = {"machine": machine(torch.device("cpu")), "tokens": work.tokens, "operations": operations}
-        write_results(folder / f"{stem}.json", content)
+# ---- output ----------------------------------------------------------------------------------------------------------
 
 
 def print_run(run: dict, memory: dict[str, float | None], console: Console) -> None:
@@ -205,6 +225,17 @@ def print_run(run: dict, memory: dict[str, float | None], console: Console) -> N
         used = memory.get(name)
         table.add_row(name, f"{row['microseconds_per_token']:.0f}", *ratios, "" if used is None else f"{used:.0f}")
     console.print(table)
+    for name, found in run["module_filter"].items():
+        after = (
+            "never pays"
+            if found["pays_from_sequences"] is None
+            else f"pays from {found['pays_from_sequences']:.0f} sequences on"
+        )
+        console.print(
+            f"{name}: saves {found['saves']:.1%}; a pilot of {PILOT} + {PILOT} sequences "
+            f"({found['pilot_cpu_s']:.1f} s) {after}",
+            highlight=False,
+        )
     for name, reason in run["skipped"].items():
         console.print(f"left out: {name}: {reason}")
 
@@ -218,7 +249,6 @@ def main() -> None:
     parser.add_argument("--threads", type=int, nargs="+", default=[torch.get_num_threads()])
     parser.add_argument("--rows", nargs="*", default=[], metavar="ROW", help="only these rows, by their full names")
     parser.add_argument("--no-memory", action="store_true")
-    parser.add_argument("--profile", type=Path, metavar="FOLDER", help="write operation tables instead of timings")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     console = Console()
@@ -227,9 +257,6 @@ def main() -> None:
         for threads in arguments.threads:
             torch.set_num_threads(threads)
             work = workload(name, arguments.base, arguments.batches)
-            if arguments.profile:
-                write_profiles(work, arguments.profile)
-                continue
             run = measure(work, arguments.repetitions, arguments.rows)
             memory = {}
             if not arguments.no_memory and threads == arguments.threads[0]:
@@ -240,7 +267,7 @@ def main() -> None:
             print_run(run, memory, console)
             if arguments.out:
                 write_results(arguments.out, content)
-    if not arguments.out and not arguments.profile:
+    if not arguments.out:
         console.print_json(json.dumps(content))
 
 

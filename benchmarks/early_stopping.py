@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import json
 import operator
 import time
 from collections.abc import Callable, Sequence
@@ -35,6 +36,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from sstmerge.adapters import CoreSpace
 from sstmerge.demo.run import data_folder
 from sstmerge.fisher import Batch, Fisher, collect_fisher
 from sstmerge.gevp import Spectrum, solve
@@ -61,19 +63,31 @@ class Recorded:
 
     Attributes:
         collect: Collects a chunk.
-        chunks: What it returned, with the tokens (prompts included) that it took.
-        seconds: Processor time of all chunks.
+        space: The space.
+        files: Where chunks are kept and found again, as this and a number; None keeps them in memory only.
+        chunks: The Fishers, with the tokens (prompts included) that they took.
+        seconds: Processor time of all chunks that were collected now.
     """
 
     collect: Callable[[Sequence[Batch]], Fisher]
+    space: CoreSpace
+    files: Path | None = None
     chunks: list[tuple[int, Fisher]] = field(default_factory=list)
     seconds: float = 0.0
 
     def __call__(self, batches: Sequence[Batch], _: str) -> Fisher:
         """Collect a chunk."""
         start = time.process_time()
-        fisher = self.collect(batches)
-        self.seconds += time.process_time() - start
+        file = None if self.files is None else Path(f"{self.files}-{len(self.chunks)}.safetensors")
+        if file is not None and file.exists():
+            fisher = Fisher.load(file, self.space.adapters).in_space(self.space)
+            if fisher.tokens != sum(int(batch.loss_mask.sum()) for batch in batches):
+                raise SystemExit(f"{file} holds other prompts; give another --chunks.")
+        else:
+            fisher = self.collect(batches)
+            self.seconds += time.process_time() - start
+            if file is not None:
+                fisher.save(file)
         self.chunks.append((sum(int(batch.attention_mask.sum()) for batch in batches), fisher))
         return fisher
 
@@ -121,7 +135,12 @@ def prompts(files: Sequence[str], splits: Sequence[str], limit: int | None) -> l
 
 
 def run_structure(
-    model: Any, roles: Roles, batches: tuple[list[Batch], list[Batch]], structure: str, check_every: int
+    model: Any,
+    roles: Roles,
+    batches: tuple[list[Batch], list[Batch]],
+    structure: str,
+    check_every: int,
+    chunks_at: Path | None,
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Collect everything with a look after every chunk.
 
@@ -135,7 +154,12 @@ def run_structure(
             model, chunk, roles.space, structure=structure, labels=labels, reference=options.reference, seed=0
         )
 
-    gain, cost = (Recorded(partial(collect, labels=labels)) for labels in ("data", "sampled"))
+    if chunks_at is not None:
+        chunks_at.mkdir(parents=True, exist_ok=True)
+    gain, cost = (
+        Recorded(partial(collect, labels=labels), roles.space, None if chunks_at is None else chunks_at / what)
+        for what, labels in (("gain", "data"), ("cost", "sampled"))
+    )
     rule = StoppingRule(NEVER, None, check_every, options.tokens_per_batch, 0)
     start = time.process_time()
     (whole_gain, whole_cost), _ = converge_pair(*batches, (gain, cost), partial(step, roles), rule)
@@ -172,7 +196,7 @@ def run_structure(
         "model_tokens": all_tokens,
         "check_every": check_every,
         "collecting_cpu_s": gain.seconds + cost.seconds,
-        "looking_cpu_s": looking,
+        "looking_cpu_s": looking,  # reading chunks that were kept included
         "looks": looks,
         "stops": stops,
         "halves_of_the_samples": [comparison.of(half) for half in halves],
@@ -276,9 +300,12 @@ def main() -> None:
         "--limit", type=int, default=100, help="prompts of each benign file; harmful ones are all taken"
     )
     parser.add_argument("--harmful-limit", type=int, help="harmful prompts")
-    parser.add_argument("--test-limit", type=int, default=40, help="test prompts of each kind")
+    parser.add_argument("--test-limit", type=int, default=16, help="test prompts of each kind")
+    parser.add_argument(
+        "--chunks", type=Path, help="folder that keeps the Fishers of chunks, for a run that is cut off"
+    )
     parser.add_argument("--check-every", type=int, default=16)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=Path, help="JSON; what it holds of other structures stays")
     arguments = parser.parse_args()
     console = Console(width=150)
     model, tokenizer = load_model(arguments.base), load_tokenizer(arguments.base)
@@ -288,10 +315,13 @@ def main() -> None:
     options = CollectionOptions()
     batches = batches_of(model, tokenizer, harm, options), batches_of(model, tokenizer, benign, options)
     content: dict[str, Any] = {"machine": machine(torch.device("cpu")), "model": Path(arguments.base).name}
-    content["structures"] = {}
+    kept = json.loads(arguments.out.read_text(encoding="utf-8")) if arguments.out and arguments.out.exists() else {}
+    content["structures"] = kept.get("structures", {})
     for structure in arguments.structures:
         console.print(f"{structure}: {len(harm)} harmful and {len(benign)} benign prompts …", highlight=False)
-        found, steps = run_structure(model, roles, batches, structure, arguments.check_every)
+        found, steps = run_structure(
+            model, roles, batches, structure, arguments.check_every, arguments.chunks and arguments.chunks / structure
+        )
         found["measured"] = measure(model, tokenizer, roles, steps, arguments.test_limit)
         content["structures"][structure] = found
         print_structure(structure, found, console)

@@ -46,8 +46,9 @@ class Clock:
         """Time what happens inside."""
         self._wait()
         cpu, wall = time.process_time(), time.perf_counter()
-        yield
-        self._wait()
+        with torch.profiler.record_function(name):  # a span of its own where somebody profiles
+            yield
+            self._wait()
         self.times[name] = (time.process_time() - cpu, time.perf_counter() - wall)
 
     def _wait(self) -> None:
@@ -202,6 +203,7 @@ def run(setting: dict) -> dict:
         **{key: setting[key] for key in ("model", "rank", "adapters", "dtype", "device")},
         "parameters": adapters[0].parameter_count,
         "layers": len(adapters[0].layers),
+        "load_average": os.getloadavg()[0],  # above the number of threads: wall times and threads were disturbed
         "identify": dict(zip(("cpu_s", "wall_s"), clock.times["identify"], strict=True)),
         "methods": methods,
     }

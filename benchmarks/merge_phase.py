@@ -1,6 +1,6 @@
 """Merge latency: sstmerge with Fishers at hand against PEFT, mergekit and a plain line of torch, on the same adapters.
 
-    python benchmarks/merge_phase.py [--output FILE] [--models M …] [--ranks R …] [--counts T …] [--device cuda]
+    python benchmarks/merge_phase.py [--output FILE] [--models M …] [--ranks R …] [--counts T …] [--reuse]
     pytest benchmarks/ --benchmark-only        # a quick part of it, in benchmarks/test_merge_phase.py
 
 Adapters of the true shapes of five models with random factors; no model is loaded. Every setting is a child process in which
@@ -34,6 +34,8 @@ MODELS = ("SmolLM2-135M", "Llama-3.2-1B", "Llama-2-7B", "Llama-2-13B", "Llama-2-
 SCALING = ("Llama-3.2-1B", "Llama-2-7B", "Llama-2-13B", "Llama-2-70B")
 SWEEP_MODEL = "Llama-3.2-1B"
 RANK, COUNT = 16, 2
+FROM_ANOTHER = ", by "
+SETTING = ("model", "rank", "adapters", "dtype", "device")
 DENSE_TYPES = ("svd", "dare_linear_svd", "ties_svd")
 SCALED = "peft dare_linear_svd"
 
@@ -111,15 +113,20 @@ def extrapolate(rows: list[dict]) -> None:
         if row not in measured:
             blocks = SHAPES[row["model"]].blocks / SHAPES[source["model"]].blocks
             factor = blocks * work(row["model"]) / work(source["model"])
-            words = f"one block of {source['model']}, by m n min(m, n) and the number of blocks"
+            words = f"one block of {source['model']}{FROM_ANOTHER}m n min(m, n) and the number of blocks"
             row["methods"][SCALED] = _scaled(source["methods"][SCALED], factor, words)
     for name in (f"peft {kind}" for kind in DENSE_TYPES if f"peft {kind}" != SCALED):
         own = [row for row in reference if name in row["methods"]]
         for row in reference:
             if own and row not in own:
                 factor = row["methods"][SCALED]["cpu_s"] / own[-1]["methods"][SCALED]["cpu_s"]
-                words = f"{SCALED} of this model, by their ratio at {own[-1]['model']}"
+                words = f"{SCALED} of this model{FROM_ANOTHER}their ratio at {own[-1]['model']}"
                 row["methods"][name] = _scaled(own[-1]["methods"][name], factor, words)
+
+
+def without_other_models(methods: dict[str, dict]) -> dict[str, dict]:
+    """Leave out what was extrapolated from another model; `extrapolate` does it anew."""
+    return {name: result for name, result in methods.items() if FROM_ANOTHER not in result.get("extrapolated", "")}
 
 
 def _scaled(result: dict, factor: float, words: str) -> dict:
@@ -136,6 +143,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--reuse", action="store_true", help="keep what FILE holds already (of the same machine)")
     parser.add_argument("--no-files", action="store_true", help="leave out the merge from files to a file")
     parser.add_argument(
         "--no-dense", action="store_const", const=[], dest="dense_models", help="no PEFT types with SVDs"
@@ -157,13 +165,20 @@ def main() -> None:
         "results": [],
     }
     rows = content["results"]
+    kept = json.loads(arguments.output.read_text(encoding="utf-8")) if arguments.reuse else {}
+    if "files" in kept:
+        content["files"] = kept["files"]
     for setting in settings(arguments):
+        done = [row for row in kept.get("results", []) if all(row[key] == setting[key] for key in SETTING)]
+        if done:
+            rows.append({**done[0], "methods": without_other_models(done[0]["methods"])})
+            continue
         console.print(f"{setting['model']}, r = {setting['rank']}, {setting['adapters']} adapters …", highlight=False)
         rows.append(in_child("merge_methods.py", json.dumps(setting), arguments.threads))
         write_results(arguments.output, content)
     extrapolate(rows)
     content["slopes"] = slopes(rows)
-    if not arguments.no_files:
+    if not arguments.no_files and "files" not in content:
         console.print("70B-shaped adapters from files to a file …")
         with tempfile.TemporaryDirectory(prefix="sstmerge-benchmark-") as folder:
             prepared = json.dumps({"step": "prepare", "folder": folder, "model": "Llama-2-70B"})

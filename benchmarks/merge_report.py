@@ -13,6 +13,11 @@ import matplotlib.pyplot as plt
 
 STEPS = ("cores", "solve", "select", "write_back")
 REFERENCE = "peft dare_linear"
+AXES = {
+    "parameters": "LoRA parameters, 1B to 70B shapes",
+    "rank": "rank, two adapters, Llama-3.2-1B",
+    "adapters": "number of adapters of r = 16, Llama-3.2-1B",
+}
 
 
 def print_tables(content: dict, console: Console) -> None:
@@ -37,10 +42,14 @@ def print_tables(content: dict, console: Console) -> None:
                 result.get("extrapolated", ""),
             )
         console.print(table)
-    table = Table("method", "CPU", "wall", title="log-log slope over LoRA parameters, 1B to 70B shapes")
-    for name, clocks in content["slopes_1B_to_70B"].items():
-        table.add_row(name, f"{clocks['cpu_s']:.3f}", f"{clocks['wall_s']:.3f}")
-    console.print(table)
+    for axis, found in content["slopes"].items():
+        if found:
+            table = Table("method, step", "CPU", "wall", title=f"log-log slope over {AXES[axis]}")
+            for name, clocks in found.items():
+                table.add_row(name, f"{clocks['cpu_s']:.3f}", f"{clocks['wall_s']:.3f}")
+            console.print(table)
+    for sentence in target_sentences(content["slopes"]["parameters"]):
+        console.print(sentence, highlight=False)
     if "files" in content:
         files = content["files"]
         console.print(
@@ -50,12 +59,28 @@ def print_tables(content: dict, console: Console) -> None:
         )
 
 
+def target_sentences(found: dict[str, dict[str, float]]) -> list[str]:
+    """Say of our methods whether their slope over LoRA parameters is 1.0 ± 0.05, and on which side it misses."""
+    sentences = []
+    for name, clocks in found.items():
+        if name.startswith("sst") and "," not in name:
+            value = clocks["cpu_s"]
+            verdict = "within the target" if abs(value - 1) <= 0.05 else "misses the target"
+            side = "" if abs(value - 1) <= 0.05 else (": it grows slower" if value < 1 else ": it grows faster")
+            sentences.append(f"{name}: slope {value:.2f} over LoRA parameters {verdict} of 1.0 ± 0.05{side}.")
+    return sentences
+
+
 def plot(content: dict, path: Path) -> None:
     """Draw time over parameters of every method, and our steps."""
     rows = [row for row in content["results"] if (row["rank"], row["adapters"]) == (16, 2)]
     if not rows:
         return
-    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 5), constrained_layout=True)
+    figure, ((left, right), sweeps) = plt.subplots(2, 2, figsize=(13, 10), constrained_layout=True)
+    model = "Llama-3.2-1B"
+    sweep = [row for row in content["results"] if row["model"] == model]
+    _draw_sweep(sweeps[0], [row for row in sweep if row["adapters"] == 2], "rank", f"{model}, two adapters")
+    _draw_sweep(sweeps[1], [row for row in sweep if row["rank"] == 16], "adapters", f"{model}, r = 16")
     for name in dict.fromkeys(name for row in rows for name in row["methods"]):
         points = [(row["parameters"], row["methods"][name]) for row in rows if name in row["methods"]]
         dashed = any("extrapolated" in result for _, result in points)
@@ -88,3 +113,21 @@ def plot(content: dict, path: Path) -> None:
     right.legend(fontsize=8)
     figure.savefig(path, dpi=120, metadata={"Software": None})
     plt.close(figure)
+
+
+def _draw_sweep(panel, rows: list[dict], size: str, title: str) -> None:
+    rows = sorted(rows, key=lambda row: row[size])
+    for name in dict.fromkeys(name for row in rows for name in row["methods"]):
+        points = [
+            (r[size], r["methods"][name]["cpu_s"])
+            for r in rows
+            if name in r["methods"] and "extrapolated" not in r["methods"][name]
+        ]
+        if len(points) > 1:
+            panel.plot(
+                *zip(*points, strict=True), marker="o", label=name, linewidth=2.5 if name.startswith("sst") else 1.2
+            )
+    panel.set(xscale="log", yscale="log", xlabel=size, ylabel="processor seconds of a merge", title=title)
+    panel.grid(alpha=0.3)
+    if panel.lines:
+        panel.legend(fontsize=8)

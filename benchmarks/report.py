@@ -67,13 +67,26 @@ def _collection_of_base(out: Path, options: argparse.Namespace) -> list[str]:
     return [*_collection(out, options), "--base", options.base]
 
 
+def _scaling(out: Path, options: argparse.Namespace) -> list[str]:
+    return ["scaling.py", "--out", str(out), *(["--points", "3", "--repetitions", "1"] if options.quick else [])]
+
+
+def _stopping(out: Path, options: argparse.Namespace) -> list[str]:
+    quick = ["--limit", "16", "--harmful-limit", "24", "--check-every", "8", "--test-limit", "4"]
+    return ["early_stopping.py", "--base", options.base, "--out", str(out), *(quick if options.quick else [])]
+
+
+def _profiles(out: Path, options: argparse.Namespace) -> list[str]:
+    return ["profiles.py", "--out", str(out.parent / "profiles")]
+
+
 def _drop_in(out: Path, options: argparse.Namespace) -> list[str]:
     types = ["linear", "ties", "dare_linear", "magnitude_prune", *([] if options.quick else ["svd", "dare_linear_svd"])]
     return ["add_weighted_adapter.py", "--output", str(out), "--setting", "small", "--adapters", "2", "--types", *types]
 
 
 def _sketch(out: Path, options: argparse.Namespace) -> list[str]:
-    return ["sketch.py", "--base", options.base, "--out", str(out)]
+    return ["sketch.py", "--base", options.base, "--out", str(out), *(["--limit", "4"] if options.quick else [])]
 
 
 STAGES = {
@@ -81,8 +94,11 @@ STAGES = {
     "merge-latency": Stage("The merge phase, Fishers at hand", (1, 8), _merges),
     "collection": Stage("Calibration against bare passes and peers", (2, 6), _collection),
     "collection-base": Stage("Calibration on a real model", (2, 6), _collection_of_base, needs_base=True),
+    "scaling": Stage("How calibration and merge grow", (1, 6), _scaling),
+    "early-stopping": Stage("Stopping when converged, on a real model", (3, 20), _stopping, needs_base=True),
     "add-weighted-adapter": Stage("PEFT's own function and the drop-in", (2, 8), _drop_in),
-    "sketch": Stage("A sketch of the base model against exact factors", (10, 10), _sketch, needs_base=True),
+    "sketch": Stage("A sketch of the base model against exact factors", (2, 10), _sketch, needs_base=True),
+    "profiles": Stage("Profiles of every phase", (1, 1), _profiles),
 }
 
 
@@ -180,6 +196,10 @@ def write_report(folder: Path) -> Path:
         printed = folder / f"{name}.txt"
         if printed.exists():
             lines += ["```text", printed.read_text(encoding="utf-8").rstrip(), "```", ""]
+    profiles = sorted((folder / "profiles").glob("*.txt"))
+    if profiles:
+        lines += ["## Profiles", "", "Operations by time, and traces for ui.perfetto.dev:", ""]
+        lines += [f"* [{p.stem}](profiles/{p.name}), [trace](profiles/{p.stem}.json.gz)" for p in profiles] + [""]
     if "merge-latency" in contents and "collection-base" in contents:
         lines += break_even_table(contents["merge-latency"], contents["collection-base"])
     page = folder / "report.md"
