@@ -165,17 +165,17 @@ def main() -> None:
         "results": [],
     }
     rows = content["results"]
-    kept = json.loads(arguments.output.read_text(encoding="utf-8")) if arguments.reuse else {}
-    if "files" in kept:
-        content["files"] = kept["files"]
+    if arguments.reuse and arguments.output.exists():
+        kept = json.loads(arguments.output.read_text(encoding="utf-8"))
+        rows += [{**row, "methods": without_other_models(row["methods"])} for row in kept["results"]]
+        content |= {key: kept[key] for key in ("files",) if key in kept}
     for setting in settings(arguments):
-        done = [row for row in kept.get("results", []) if all(row[key] == setting[key] for key in SETTING)]
-        if done:
-            rows.append({**done[0], "methods": without_other_models(done[0]["methods"])})
+        if any(all(row[key] == setting[key] for key in SETTING) for row in rows):
             continue
         console.print(f"{setting['model']}, r = {setting['rank']}, {setting['adapters']} adapters …", highlight=False)
         rows.append(in_child("merge_methods.py", json.dumps(setting), arguments.threads))
         write_results(arguments.output, content)
+    rows.sort(key=lambda row: ((row["rank"], row["adapters"]) != (RANK, COUNT), MODELS.index(row["model"])))
     extrapolate(rows)
     content["slopes"] = slopes(rows)
     if not arguments.no_files and "files" not in content:

@@ -44,3 +44,49 @@ def test_the_page_holds_every_result_and_says_when_a_fisher_has_paid(tmp_path):
     assert "| peft svd | 11.00 | kfac | 1.00 | 30 | 3 merges |" in page
     assert "| peft dare_linear | 0.50 | kfac | 1.00 | 30 | never: it is faster |" in page
     assert "/models" not in page
+
+
+def test_slopes_are_those_of_the_steps_and_of_the_sum(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    from merge_phase import slopes
+    from merge_report import target_sentences
+
+    def row(model, rank, adapters, parameters, cores, solve):
+        steps = {"cores": {"cpu_s": cores, "wall_s": 1.0}, "solve": {"cpu_s": solve, "wall_s": 1.0}}
+        ours = {"cpu_s": cores + solve, "wall_s": 2.0, "steps": steps}
+        svd = {"cpu_s": parameters**2, "wall_s": 1.0, "extrapolated": "one block of 32, times the number of blocks"}
+        names = {"model": model, "rank": rank, "adapters": adapters, "parameters": parameters}
+        return {**names, "methods": {"sst kfac": ours, "peft svd": svd}}
+
+    # The Gram pass grows with the parameters and the rank, the solve with the square of the number of adapters.
+    models = [("Llama-3.2-1B", 1e6), ("Llama-2-7B", 4e6), ("Llama-2-70B", 16e6)]
+    rows = [row(model, 16, 2, size, size, 1e9) for model, size in models]
+    rows += [row("Llama-3.2-1B", rank, 2, 1e6 * rank / 16, 1e6 * rank / 16, 1e9) for rank in (4, 64)]
+    rows += [row("Llama-3.2-1B", 16, count, 1e6, 1e6, 1e9 * (count / 2) ** 2) for count in (4, 20)]
+    found = slopes(rows)
+    assert found["parameters"]["sst kfac, cores"]["cpu_s"] == pytest.approx(1)
+    assert found["parameters"]["sst kfac, solve"]["cpu_s"] == pytest.approx(0)
+    assert 0 < found["parameters"]["sst kfac"]["cpu_s"] < 0.1
+    assert found["rank"]["sst kfac, cores"]["cpu_s"] == pytest.approx(1)
+    assert found["adapters"]["sst kfac, solve"]["cpu_s"] == pytest.approx(2)
+    assert "peft svd" not in found["parameters"]
+    (sentence,) = target_sentences(found["parameters"])
+    assert "misses the target of 1.0 ± 0.05: it grows slower" in sentence
+    (sentence,) = target_sentences({"sst kfac": {"cpu_s": 1.04}})
+    assert "within the target" in sentence
+
+
+def test_what_a_module_filter_saves_pays_for_its_pilot(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    from collection import filter_savings
+
+    times = {"sstmerge diagonal at base": [0.8], "sstmerge global at base": [1.6]}
+    half = "sstmerge global at base, half of the modules"
+    # Eight sequences take 1.6 s, in half of the modules 1.2 s; 32 of the pilot 3.2 s, which 64 sequences save.
+    found = filter_savings({**times, half: [1.2]}, sequences=8)[half]
+    assert found == {
+        "pilot_cpu_s": pytest.approx(3.2),
+        "saves": pytest.approx(0.25),
+        "pays_from_sequences": pytest.approx(64),
+    }
+    assert filter_savings({**times, half: [1.7]}, sequences=8)[half]["pays_from_sequences"] is None
