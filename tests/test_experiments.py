@@ -82,13 +82,21 @@ def test_safety_tax_runs_through_and_resumes(modules, model, data, tmp_path):
     assert (tmp_path / "out" / "trade_off.png").stat().st_size > 10_000
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     names = ["task_arithmetic", "regmean", "fisher_ratio_mask", "sst global project", "sst global wiener"]
-    names += ["sst global joint", "control: random directions", "control: F_cost = I", "control: permuted labels"]
+    names += [
+        "sst global joint",
+        "sst global project, Kronecker damping",
+        "control: random directions",
+        "control: F_cost = I",
+        "control: permuted labels",
+    ]
     assert sorted(results["metrics"]) == sorted(names)
     assert all(f"| {name} |" in page for name in names)
     assert results["manifest"]["config"]["seeds"] == [0, 1]
     assert [point["scale"] for point in results["points"]["regmean"]] == [0.5, 1.5]
-    # Every stage once: 2 seeds × (2 adapters, 3 pairs of Fishers, 2 own Fishers, 3 models alone, 9 methods at 2 scales).
-    assert len(said) == len(results["manifest"]["stages"]) == 2 * (2 + 3 + 2 + 3 + 18)
+    assert [p["scale"] for p in results["points"]["sst global project, Kronecker damping"]] == [1.0, 3.0]
+    assert "Kronecker damping at [1.0, 3.0]" in page
+    # Every stage once: 2 seeds × (2 adapters, 3 pairs of Fishers, 2 own Fishers, 3 models alone, 10 methods at 2 scales).
+    assert len(said) == len(results["manifest"]["stages"]) == 2 * (2 + 3 + 2 + 3 + 20)
 
     # Again, with every method there is: only the new ones are run.
     said.clear()
@@ -128,7 +136,11 @@ def test_metrics_of_a_made_up_experiment(modules):
     }
     expert = {"refused harmful": np.ones((1, n)), "correct sst2": np.ones((1, n))}
     results = report.Results(
-        ("sst free", "paying"), (0.5, 1.0, 1.5), samples, {"utility": expert, "safety": expert}, ("sst2",)
+        ("sst free", "paying"),
+        {"sst free": (0.5, 1.0, 1.5), "paying": (0.5, 1.0, 1.5)},
+        samples,
+        {"utility": expert, "safety": expert},
+        ("sst2",),
     )
     found = report.intervals(results, resamples=100, seed=0)
     assert found["sst free"]["hypervolume, safety × utility"]["estimate"] == 1

@@ -45,12 +45,12 @@ def pairs(model, space):
     return found
 
 
-def damped_cost(cost: Fisher, damping: float) -> torch.Tensor:
+def damped_cost(cost: Fisher, damping: float, metric: str = "identity") -> torch.Tensor:
     """Return the dense F_cost with its damping, written from the definition."""
     space, dense = cost.space, dense_fisher(cost)
-    size = torch.eye(space.size, dtype=torch.float64)
     if cost.structure == "global":
-        return dense + damping * float(dense.trace()) / len(cost.scores()) * size
+        K = kronecker_metric(cost) if metric == "kronecker" else torch.eye(space.size, dtype=torch.float64)
+        return dense + damping * float(torch.linalg.solve(K, dense).trace()) / len(cost.scores()) * K
     for i, group in enumerate(space.groups):
         for j, path in enumerate(group.names):
             where = layer_slices(space)[path]
@@ -69,18 +69,42 @@ def damped_cost(cost: Fisher, damping: float) -> torch.Tensor:
     return dense
 
 
+def kronecker_metric(cost: Fisher) -> torch.Tensor:
+    """Return the dense metric of the damping of `global`, written from its definition."""
+    space = cost.space
+    factors, means = {}, {}
+    for path, where in layer_slices(space).items():
+        shape = next(group.core_shape[1:] for group in space.groups if path in group.names)
+        scores = cost.scores()[:, where].double().view(-1, *shape)
+        left, right = torch.einsum("nij,nkj->ik", scores, scores), torch.einsum("nji,njk->ik", scores, scores)
+        means[path] = float(left.trace()) / (shape[0] * shape[1])
+        normalised = [m / m.diagonal().mean() for m in (left, right)]
+        factors[path] = [(m + 0.1 * torch.eye(len(m))) / 1.1 for m in normalised]
+    dense = torch.zeros(space.size, space.size, dtype=torch.float64)
+    for path, where in layer_slices(space).items():
+        mean = max(means[path], 0.01 * sum(means.values()) / len(means))
+        dense[where, where] = mean * torch.kron(*factors[path])
+    return dense
+
+
 def vectors_of(spectrum):
     """Return all eigenvectors as columns, (D, m)."""
     unit = torch.eye(len(spectrum.eigenvalues), dtype=torch.float64)
     return torch.stack([spectrum.combine(row) for row in unit], dim=1)
 
 
-@pytest.fixture(params=[(s, d) for s in STRUCTURES for d in (1e-3, 0.3)], ids=lambda p: f"{p[0]}-{p[1]}")
+CASES = [(s, d, "identity") for s in STRUCTURES for d in (1e-3, 0.3)] + [
+    ("global", d, "kronecker") for d in (1e-3, 0.3)
+]
+
+
+@pytest.fixture(params=CASES, ids=lambda p: f"{p[0]}-{p[1]}-{p[2]}")
 def solved(request, pairs):
     """Return (spectrum, dense F_gain, dense damped F_cost)."""
-    structure, damping = request.param
+    structure, damping, metric = request.param
     gain, cost = pairs[structure]
-    return solve(gain, cost, damping=damping), dense_fisher(gain), damped_cost(cost, damping)
+    spectrum = solve(gain, cost, damping=damping, damping_metric=metric)
+    return spectrum, dense_fisher(gain), damped_cost(cost, damping, metric)
 
 
 def test_eigenvalues_are_those_of_scipy(solved):
@@ -243,6 +267,22 @@ def test_singular_cost_without_damping_is_named(pairs, structure):
     layer = cost.space.groups[0].names[1]
     with pytest.raises(SolverError, match=f"(?s){layer}"):
         solve(gain, singular, damping=0.0)
+
+
+def test_an_unknown_damping_metric(pairs):
+    with pytest.raises(InputError, match="damping_metric must be one of"):
+        solve(*pairs["global"], damping_metric="euclidean")
+
+
+def test_layers_that_no_benign_score_reaches_are_not_free(pairs):
+    gain, cost = pairs["global"]
+    where = next(iter(layer_slices(cost.space).values()))
+    scores = cost.statistics["scores"].clone()
+    scores[:, where] = 0
+    silent = Fisher(cost.structure, cost.space, dict(cost.statistics) | {"scores": scores}, cost.counts, cost.metadata)
+    spectrum = solve(gain, silent, damping_metric="kronecker")
+    assert bool(torch.isfinite(spectrum.eigenvalues).all())
+    assert bool(torch.isfinite(vectors_of(spectrum)).all())
 
 
 def test_global_without_damping_or_cost(pairs):

@@ -21,6 +21,7 @@ from sstmerge.pipeline.roles import Roles
 IDENTITY = 1e9
 # A direction's gain over its gain and cost: Wiener's signal over signal and noise, so that nothing has to be chosen.
 WIENER = 1.0
+STRICT_WIENER = 10.0
 # The exact sum, written in other ways, and what needs an aligned full model, which an adapter is not.
 SAME_AS_TASK_ARITHMETIC = ("cat",)
 
@@ -32,12 +33,14 @@ class Candidate:
     Attributes:
         name: Its name in tables.
         kind: "method" (of the registry), "sst" or "control".
-        settings: The method's name in the registry; or structure, rule and damping of SST.
+        settings: The method's name in the registry; or structure, rule, μ and damping metric of SST.
+        stretch: Unit of its sweep: what keeps little of the adapter needs larger scales.
     """
 
     name: str
     kind: str
     settings: Mapping[str, Any] = field(default_factory=dict)
+    stretch: float = 1.0
 
 
 def candidates(methods: Sequence[str] | None, structures: Sequence[str], rules: Sequence[str]) -> list[Candidate]:
@@ -63,6 +66,12 @@ def candidates(methods: Sequence[str] | None, structures: Sequence[str], rules: 
         for structure in structures
         for rule in rules
     ]
+    if "wiener" in rules and "kfac" in structures:
+        strict = {"structure": "kfac", "rule": "wiener", "mu": STRICT_WIENER}
+        listed.append(Candidate(f"sst kfac wiener, μ = {STRICT_WIENER:g}", "sst", strict, stretch=2.0))
+    if "global" in structures:
+        damped = {"structure": "global", "rule": "project", "damping_metric": "kronecker"}
+        listed.append(Candidate("sst global project, Kronecker damping", "sst", damped, stretch=2.0))
     first = structures[0]
     listed += [
         Candidate("control: random directions", "control", {"structure": first, "control": "random"}),
@@ -104,9 +113,11 @@ class Merger:
         spectrum = self.spectra["permuted" if control == "permuted" else settings["structure"]]
         if control == "identity":
             spectrum = solve(spectrum.gain, spectrum.cost, damping=IDENTITY)
+        if "damping_metric" in settings:
+            spectrum = solve(spectrum.gain, spectrum.cost, damping_metric=settings["damping_metric"])
         if control == "random":
             return self.roles.utility + scale * self._random_directions(spectrum)
-        return self._sst(spectrum, settings.get("rule", "project"), scale)
+        return self._sst(spectrum, settings.get("rule", "project"), scale, settings.get("mu", WIENER))
 
     def _method(self, name: str, scale: float) -> Adapter:
         method = available_methods()[name]
@@ -128,12 +139,12 @@ class Merger:
             seed=self.seed,
         )
 
-    def _sst(self, spectrum: Spectrum, rule: str, scale: float) -> Tensor:
+    def _sst(self, spectrum: Spectrum, rule: str, scale: float, mu: float) -> Tensor:
         roles = self.roles
         if rule == "project":
             return merge_cores(spectrum, roles.utility, roles.safety, rule=Rule.PROJECT, scale=scale).core
         if rule == "wiener":
-            filtered = Selection(mu=WIENER)
+            filtered = Selection(mu=mu)
             return merge_cores(
                 spectrum, roles.utility, roles.safety, rule=Rule.WIENER, scale=scale, selection=filtered
             ).core

@@ -360,10 +360,15 @@ def _draw(rows: list[dict[str, Any]], counts: tuple[int, ...], names: list[str])
 
 def main() -> None:
     """Run the experiment from the command line."""
-    arguments = common_arguments(__doc__).parse_args()
+    parser = common_arguments(__doc__)
+    parser.add_argument(
+        "--counts", type=int, nargs="+", help="numbers of experts (default: those of the configuration)"
+    )
+    arguments = parser.parse_args()
     config = QUICK if arguments.quick else SHORT if arguments.short else Config()
-    if arguments.seeds:
-        config = replace(config, seeds=tuple(arguments.seeds))
+    for name in ("seeds", "counts"):
+        if getattr(arguments, name):
+            config = replace(config, **{name: tuple(getattr(arguments, name))})
     say = stopwatch()
 
     def run() -> None:

@@ -35,14 +35,14 @@ class Results:
 
     Attributes:
         names: Methods.
-        scales: Scales of the sweep.
+        scales: Scales of each method's sweep.
         samples: Arrays (methods, scales, seeds, prompts) by name ("refused harmful", …, "correct sst2", …).
         experts: Arrays (seeds, prompts) by model ("base", "utility", "safety") and then by the same names.
         tasks: Names of the tasks.
     """
 
     names: tuple[str, ...]
-    scales: tuple[float, ...]
+    scales: Mapping[str, tuple[float, ...]]
     samples: Arrays
     experts: Mapping[str, Arrays]
     tasks: tuple[str, ...]
@@ -167,7 +167,7 @@ def points(results: Results) -> dict[str, list[dict[str, float]]]:
     return {
         name: [
             {"scale": scale, **{k: float(a[i, j].mean()) for k, a in results.samples.items()}}
-            for j, scale in enumerate(results.scales)
+            for j, scale in enumerate(results.scales[name])
         ]
         for i, name in enumerate(results.names)
     }
@@ -175,10 +175,13 @@ def points(results: Results) -> dict[str, list[dict[str, float]]]:
 
 def _page(results: Results, found: Mapping[str, Mapping[str, Any]], manifest: Mapping[str, Any]) -> list[str]:
     seeds, prompts = results.samples["refused harmful"].shape[-2:]
+    common = max(results.scales.values(), key=list(results.scales.values()).count)
+    others = [f"{name} at {list(own)}" for name, own in results.scales.items() if own != common]
     lines = [
         f"# {manifest['experiment']}",
         "",
-        f"{len(results.names)} methods at the scales {list(results.scales)} of the safety adapter, {seeds} "
+        f"{len(results.names)} methods at the scales {list(common)} of the safety adapter "
+        f"({', '.join(others) or 'all of them'}), {seeds} "
         f"{'seed' if seeds == 1 else 'seeds'}, {prompts} prompts of each kind. 95 % intervals, bootstrap over "
         f"{'prompts only: one seed says nothing about training' if seeds == 1 else 'prompts and seeds'}. "
         f"Matched safety is {MATCHED_SHARE:.0%} of the safety adapter's own refusal. A dash: the sweep does not get there.",

@@ -95,21 +95,18 @@ class Config:
 SHORT = Config(
     tasks=("sst2",),
     sizes=Sizes(safety=160, utility=160, calibration=64, test=48, task_test=48),
-    scales=(0.6, 1.0, 1.4),
+    scales=(1.0, 1.5, 2.0),
     methods=(
         "task_arithmetic",
         "rank_one",
         "ties",
         "dare",
         "tsv_m",
-        "iso_c",
-        "knots_ties",
-        "subspace_boosting",
         "fisher_full",
         "regmean",
         "fisher_ratio_mask",
     ),
-    structures=("global", "kfac", "diagonal"),
+    structures=("global", "kfac"),
     rules=("project", "wiener"),
     training=SHORT_TRAINING,
     answer_tokens=10,
@@ -182,7 +179,7 @@ class SafetyTax:
         }
         results = Results(
             tuple(candidate.name for candidate in self.listed),
-            self.config.scales,
+            {c.name: tuple(c.stretch * scale for scale in self.config.scales) for c in self.listed},
             samples,
             {name: stack([one[name] for one in experts]) for name in experts[0]},
             self.config.tasks,
@@ -224,6 +221,7 @@ class SafetyTax:
     def _swept(
         self, candidate: Candidate, scale: float, merger: Merger, prompts: Prompts, folders: dict[str, Path], seed: int
     ) -> dict[str, Any]:
+        scale *= candidate.stretch
         name = f"{candidate.name} ×{scale:g}"
         settings = {**candidate.settings, "scale": scale}
         return self._point(name, lambda: merger.merge(candidate, scale), merger, prompts, folders, seed, settings)

@@ -5,7 +5,8 @@ coordinates c of a weight change in the eigenbasis give its gain Σ λ_i c_i² a
 unit across all layers.
 
 F_cost is regularised by a multiple of the identity, `damping` times its scale: the mean diagonal per layer, or for
-`global`, whose F_cost has rank n at most, the mean nonzero eigenvalue. For Kronecker pairs the factors are shifted by
+`global`, whose F_cost has rank n at most, the mean nonzero eigenvalue; there the identity may give way to a
+Kronecker-factored estimate of F_cost (`gevp/damping_metric.py`). For Kronecker pairs the factors are shifted by
 √damping times their mean diagonals, which is the same multiple of F_cost's mean diagonal (factored Tikhonov; Martens &
 Grosse 2015, https://arxiv.org/abs/1503.05671).
 """
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -22,7 +24,8 @@ from sstmerge.adapters import CoreSpace
 from sstmerge.errors import FisherError, InputError, SolverError
 from sstmerge.fisher import Fisher, KroneckerBasis, Structure
 from sstmerge.fisher.distributed import Ranks
-from sstmerge.gevp.score_matrix import ScoreMatrix
+from sstmerge.gevp.damping_metric import DampingMetric, KroneckerMetric
+from sstmerge.gevp.score_matrix import ENTRIES_PER_CHUNK, ScoreMatrix
 from sstmerge.gevp.shared_solve import solve_batches
 from sstmerge.ops import default_device, filter_cores
 
@@ -220,14 +223,16 @@ class BlockSpectrum(Spectrum):
 class GlobalSpectrum(Spectrum):
     """`global`: all layers together, in the span of the samples; nothing of size D x D is formed.
 
-    With score matrices G_c (n_c, D) and G_g (n_g, D), M = G_cᵀG_c + ε I has the inverse (I − G_cᵀ T G_c) / ε with
-    T = (ε I + G_c G_cᵀ)⁻¹ (Woodbury). The whitened gain scores H = G_g M^{-1/2} have the Gram matrix
-    H Hᵀ = (G_g G_gᵀ − G_g G_cᵀ T G_c G_gᵀ) / ε = A Λ Aᵀ, of size n_g, and v_i = M⁻¹ G_gᵀ a_i / √λ_i.
+    With score matrices G_c (n_c, D) and G_g (n_g, D) and the metric K of the damping, M = G_cᵀG_c + ε K has the inverse
+    (K⁻¹ − K⁻¹ G_cᵀ T G_c K⁻¹) / ε with T = (ε I + G_c K⁻¹ G_cᵀ)⁻¹ (Woodbury). The whitened gain scores H = G_g M^{-1/2} have
+    the Gram matrix H Hᵀ = (G_g K⁻¹ G_gᵀ − G_g K⁻¹ G_cᵀ T G_c K⁻¹ G_gᵀ) / ε = A Λ Aᵀ, of size n_g, and
+    v_i = M⁻¹ G_gᵀ a_i / √λ_i.
     """
 
-    def __init__(self, gain: Fisher, cost: Fisher, damping: float) -> None:
+    def __init__(self, gain: Fisher, cost: Fisher, damping: float, metric: DampingMetric) -> None:
         self._G_g, self._G_c = ScoreMatrix(gain), ScoreMatrix(cost)
-        K_cc, K_cg, K_gg = self._G_c.grams(self._G_g)
+        self._metric = KroneckerMetric.of(cost, ENTRIES_PER_CHUNK) if metric == "kronecker" else None
+        K_cc, K_cg, K_gg = self._G_c.grams(self._G_g, self._metric)
         shift: float = damping * float(K_cc.trace()) / len(K_cc)
         if not shift > 0:
             raise SolverError(
@@ -249,7 +254,7 @@ class GlobalSpectrum(Spectrum):
         kept = values > 1e-10 * values[0].clamp_min(torch.finfo(torch.float64).tiny)
         super().__init__(gain, cost, damping, values[kept])
         scaled = vectors[:, kept] / values[kept].sqrt()
-        self._gain_coefficients = scaled  # v = (G_gᵀ α + G_cᵀ β) / shift, α (n_g, m)
+        self._gain_coefficients = scaled  # v = K⁻¹ (G_gᵀ α + G_cᵀ β) / shift, α (n_g, m)
         self._cost_coefficients = -solved @ scaled  # β (n_c, m)
         self._shift = shift
 
@@ -261,21 +266,23 @@ class GlobalSpectrum(Spectrum):
     def combine(self, coordinates: Tensor) -> Tensor:  # noqa: D102 (inherited)
         gain = self._G_g.transposed_times(self._gain_coefficients @ coordinates)
         cost = self._G_c.transposed_times(self._cost_coefficients @ coordinates)
-        combined: Tensor = (gain + cost) / self._shift
-        return combined
+        return self._inverse(gain + cost) / self._shift
 
     def pull_back(self, gradient: Tensor) -> Tensor:  # noqa: D102 (inherited)
+        gradient = self._inverse(gradient)
         gain = self._gain_coefficients.mT @ self._G_g.times(gradient)
         cost = self._cost_coefficients.mT @ self._G_c.times(gradient)
         slopes: Tensor = (gain + cost) / self._shift
         return slopes
+
+    def _inverse(self, vector: Tensor) -> Tensor:
+        return vector if self._metric is None else self._metric.inverse(vector.double(), self.cost)
 
 
 # Those that solve no batch of eigenproblems.
 _DIRECT: dict[Structure, Callable[[Fisher, Fisher, float], Spectrum]] = {
     Structure.DIAGONAL: DiagonalSpectrum,
     Structure.EKFAC: EigenvalueCorrectedSpectrum,
-    Structure.GLOBAL: GlobalSpectrum,
 }
 
 
@@ -284,15 +291,17 @@ def solve(
     cost: Fisher,
     *,
     damping: float | None = None,
+    damping_metric: DampingMetric = "identity",
     device: torch.device | str | None = None,
     ranks: Ranks | None = None,
 ) -> Spectrum:
-    """Solve F_gain v = λ (F_cost + damping · scale · I) v.
+    """Solve F_gain v = λ (F_cost + damping · scale · K) v; K is the identity but for `global`.
 
     Args:
         gain: F_gain, from harmful prompts with refusals.
         cost: F_cost, from benign prompts; of the same structure, for the same adapters.
         damping: Relative damping; `DEFAULT_DAMPING` of the structure by default.
+        damping_metric: K of `global`: "identity", or "kronecker", estimated from the cost's own scores.
         device: Where the eigenproblems of `kfac` and `block` are solved; by default a GPU where there is one. The spectrum
             itself lives where the Fishers do.
         ranks: Processes that share the eigenproblems of `kfac` and `block`; all must call this function with the same
@@ -303,7 +312,7 @@ def solve(
 
     Raises:
         FisherError: If the two are of different structures or spaces, or hold no response token.
-        InputError: If the damping is negative or not finite.
+        InputError: If the damping is negative or not finite, or there is no such metric.
     """
     if gain.structure is not cost.structure:
         raise FisherError(
@@ -317,10 +326,14 @@ def solve(
     damping = DEFAULT_DAMPING[gain.structure] if damping is None else damping
     if not 0.0 <= damping < float("inf"):
         raise InputError(f"damping must be a finite number >= 0, but is {damping}.")
+    if damping_metric not in get_args(DampingMetric):
+        raise InputError(f"damping_metric must be one of {get_args(DampingMetric)}, but is {damping_metric!r}.")
     if gain.structure in (Structure.KFAC, Structure.BLOCK):
         chosen = torch.device(device or default_device())
         kind = KroneckerSpectrum if gain.structure is Structure.KFAC else BlockSpectrum
         return kind(gain, cost, damping, chosen, ranks or Ranks())
+    if gain.structure is Structure.GLOBAL:
+        return GlobalSpectrum(gain, cost, damping, damping_metric)
     return _DIRECT[gain.structure](gain, cost, damping)
 
 
