@@ -90,3 +90,31 @@ def test_what_a_module_filter_saves_pays_for_its_pilot(monkeypatch):
         "pays_from_sequences": pytest.approx(64),
     }
     assert filter_savings({**times, half: [1.7]}, sequences=8)[half]["pays_from_sequences"] is None
+
+
+def test_every_phase_is_timed_and_summed(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    from scaling import PHASES, Setting, draw, measure, slopes
+
+    rows = [measure(Setting(rank=rank, experts=3, layers=1, hidden=64), ["kfac", "global"], 1) for rank in (2, 4)]
+    assert [row["parameters"] for row in rows] == [2 * (4 * 128 + 3 * (64 + 168)), 4 * (4 * 128 + 3 * (64 + 168))]
+    assert rows[0]["core_entries"] == 7 * 6**2
+    for row in rows:
+        for phases in row["structures"].values():
+            assert set(phases) == set(PHASES)
+            assert phases["merge"] == pytest.approx(sum(phases[p] for p in ("space", "solve", "select", "write_back")))
+            assert phases["sum"] == pytest.approx(phases["calibration"] + phases["merge"])
+    found = slopes("rank", rows)
+    assert found["kfac"]["sum"]["all"] == pytest.approx(found["kfac"]["sum"]["last_two"])
+    assert len(draw({"rank": {"points": rows, "slopes": found}}).axes) == 1
+
+
+def test_a_run_stops_where_both_errors_are_within_the_tolerance(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    from early_stopping import within
+
+    look = {"kl": {"estimate": 0.02, "half_width": 0.004}, "step_error": 0.1}
+    assert within(look, 0.2)
+    assert not within(look, 0.19)
+    assert not within({**look, "step_error": 0.21}, 0.2)
+    assert not within({**look, "kl": {"estimate": 0.02, "half_width": None}}, 0.2)
