@@ -110,9 +110,17 @@ def test_a_model_that_brings_code_is_refused_and_its_code_not_run(job, tmp_path)
     config |= {"model_type": "evil", "auto_map": {"AutoConfig": "evil.Evil", "AutoModelForCausalLM": "evil.Evil"}}
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Evil: pass\n")
-    with pytest.raises(InputError, match="cannot be loaded"):
+    with pytest.raises(InputError, match="needs Python code from its repository, which sstmerge never runs"):
         load_model(str(tmp_path), device="cpu")
     assert not (tmp_path / "ran").exists()
+
+
+def test_pickled_weights_of_a_model_are_refused_by_name(job, tmp_path):
+    for file in Path(job["base"]).iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
+    with pytest.raises(InputError, match=r"pickled weights \(pytorch_model.bin\).*save_pretrained"):
+        load_model(str(tmp_path), device="cpu")
 
 
 def test_every_loader_of_transformers_forbids_code():

@@ -11,6 +11,9 @@ from torch import Tensor, nn
 from sstmerge.errors import InputError
 from sstmerge.fisher.distributed import Ranks
 
+# Set by bitsandbytes on 4-bit layers of a CPU that has a kernel for repacked weights.
+_REPACKS = "support_avx512bf16_for_cpu"
+
 
 def input_device(model: nn.Module) -> torch.device:
     """Return the device that token ids must be on.
@@ -88,6 +91,45 @@ def refuse_shared_sharding(model: nn.Module, ranks: Ranks) -> None:
             "The base model is sharded over the processes, so that each pass needs all of them, and they cannot share the "
             "batches out. Collect without ranks in all processes (all get the same result), or with an unsharded base."
         )
+
+
+@contextmanager
+def differentiable(model: nn.Module) -> Iterator[None]:
+    """Keep bitsandbytes from repacking 4-bit weights for inference while the block runs.
+
+    On CPUs with bfloat16 instructions it does so at the first pass in evaluation mode, and no gradient flows through the
+    kernel that reads the packed form: layers below it would silently get zeros.
+
+    Args:
+        model: The model.
+
+    Yields:
+        None.
+
+    Raises:
+        InputError: If weights have been repacked before.
+    """
+    modules = {name: module for name, module in model.named_modules() if getattr(module, _REPACKS, False)}
+    for name, module in modules.items():
+        if getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False):
+            raise InputError(
+                f"bitsandbytes has repacked the 4-bit weights of '{name}' for inference on this CPU, and no gradient flows "
+                f"through them. Load the model anew and set module.{_REPACKS} = False on its layers before it is used."
+            )
+    for module in modules.values():
+        setattr(module, _REPACKS, False)
+    try:
+        yield
+    finally:
+        for module in modules.values():
+            setattr(module, _REPACKS, True)
+
+
+def never_repack(model: nn.Module) -> None:
+    """Do for good what `differentiable` does for a block; for a model that is to answer prompts before it is measured."""
+    for module in model.modules():
+        if getattr(module, _REPACKS, False):
+            setattr(module, _REPACKS, False)
 
 
 def _plain(name: str) -> str:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from sstmerge.adapters import CoreSpace
 from sstmerge.errors import AdapterError, InputError
-from sstmerge.fisher.placement import eager, uncompiled
+from sstmerge.fisher.placement import differentiable, eager, uncompiled
 from sstmerge.ops import BackendName, project_accumulate
 
 
@@ -279,7 +279,8 @@ def frozen(model: nn.Module) -> Iterator[None]:
         for parameter in trained:
             parameter.requires_grad_(False)
         model.eval()
-        yield
+        with differentiable(model):
+            yield
     finally:
         for parameter in trained:
             parameter.requires_grad_(True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,6 +11,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from sstmerge.errors import InputError
+from sstmerge.fisher.placement import never_repack
 from sstmerge.ops import default_device
 
 DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -30,6 +33,24 @@ _UNREADABLE = (
 )
 # Building a model takes a module per layer, whatever its weights are.
 _LARGEST = {"num_hidden_layers": 10_000, "num_local_experts": 100_000, "num_experts": 100_000}
+_BITSANDBYTES = logging.getLogger("bitsandbytes.autograd._functions")
+
+
+class _Once(logging.Filter):
+    """Lets every message through once; bitsandbytes repeats one at every layer of every pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._seen: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        message = record.getMessage()
+        new = message not in self._seen
+        self._seen.add(message)
+        return new
+
+
+_ONCE = _Once()
 
 
 def load_model(
@@ -73,13 +94,15 @@ def load_model(
             source, **file, **options, **_SAFE_WEIGHTS, output_loading_info=True
         )
     except _UNREADABLE as error:
-        raise InputError(f"The base model '{base}' cannot be loaded: {error}") from error
+        raise InputError(_why_not_loaded("base model", base, error)) from error
     absent = sorted({*info["missing_keys"], *(str(key) for key in info["mismatched_keys"])})
     if absent:
         raise InputError(
             f"The weights of the base model '{base}' lack {len(absent)} tensors that its config.json asks for, such as "
             f"'{absent[0]}': they would be random. Give the complete model."
         )
+    never_repack(model)
+    _BITSANDBYTES.addFilter(_ONCE)
     return model.eval()  # type: ignore[no-any-return]
 
 
@@ -102,7 +125,7 @@ def load_tokenizer(base: str, *, revision: str | None = None) -> Any:
     try:
         return AutoTokenizer.from_pretrained(source, **file, revision=revision, **_NO_CODE)
     except _UNREADABLE as error:
-        raise InputError(f"The tokenizer of '{base}' cannot be loaded: {error}") from error
+        raise InputError(_why_not_loaded("tokenizer of", base, error)) from error
 
 
 def parameter_count(base: str, *, revision: str | None = None) -> int:
@@ -129,6 +152,23 @@ def parameter_count(base: str, *, revision: str | None = None) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
+def _why_not_loaded(what: str, base: str, error: Exception) -> str:
+    """Say why transformers did not load something, in words that fit what sstmerge does."""
+    if "trust_remote_code" in str(error):
+        return (
+            f"The {what} '{base}' needs Python code from its repository, which sstmerge never runs. Give a model whose "
+            "architecture transformers knows; a newer transformers may know this one."
+        )
+    words = f"The {what} '{base}' cannot be loaded: {error}"
+    pickled = sorted(path.name for path in Path(base).glob("*.bin")) if Path(base).is_dir() else []
+    if pickled and not any(Path(base).glob("*.safetensors")):
+        words += (
+            f" It has pickled weights ({pickled[0]}), which sstmerge does not load because pickles can run code: load them "
+            "in transformers and call save_pretrained()."
+        )
+    return words
+
+
 def _source(base: str) -> tuple[str, dict[str, str]]:
     """Return the folder or hub id of a model, and which file of it, if it is a GGUF file."""
     if not base.endswith(".gguf"):
@@ -145,7 +185,7 @@ def _config(base: str, revision: str | None) -> Any:
     try:
         config = AutoConfig.from_pretrained(source, **file, revision=revision, **_NO_CODE)
     except _UNREADABLE as error:
-        raise InputError(f"The base model '{base}' cannot be loaded: {error}") from error
+        raise InputError(_why_not_loaded("base model", base, error)) from error
     text = getattr(config, "text_config", None) or config
     for name, largest in _LARGEST.items():
         value = getattr(text, name, None)
