@@ -260,9 +260,10 @@ def print_structure(name: str, found: dict, console: Console) -> None:
 
 
 def _add(table: Table, found: dict, key: str, tolerance: str, saved: str, against: dict | None) -> None:
-    measured = found["measured"][key]
+    measured = found["measured"].get(key)
     cosine = "1" if against is None else f"{against['cosine']:.4f}"
-    table.add_row(tolerance, key, saved, cosine, f"{measured['kl']:.4f}", f"{measured['refusal_log_likelihood']:.3f}")
+    model = ("", "") if measured is None else (f"{measured['kl']:.4f}", f"{measured['refusal_log_likelihood']:.3f}")
+    table.add_row(tolerance, key, saved, cosine, *model)
 
 
 def draw(structures: dict[str, dict]) -> Figure:
@@ -300,7 +301,7 @@ def main() -> None:
         "--limit", type=int, default=100, help="prompts of each benign file; harmful ones are all taken"
     )
     parser.add_argument("--harmful-limit", type=int, help="harmful prompts")
-    parser.add_argument("--test-limit", type=int, default=16, help="test prompts of each kind")
+    parser.add_argument("--test-limit", type=int, default=16, help="test prompts of each kind; 0 measures nothing")
     parser.add_argument(
         "--chunks", type=Path, help="folder that keeps the Fishers of chunks, for a run that is cut off"
     )
@@ -322,7 +323,9 @@ def main() -> None:
         found, steps = run_structure(
             model, roles, batches, structure, arguments.check_every, arguments.chunks and arguments.chunks / structure
         )
-        found["measured"] = measure(model, tokenizer, roles, steps, arguments.test_limit)
+        found["measured"] = (
+            measure(model, tokenizer, roles, steps, arguments.test_limit) if arguments.test_limit else {}
+        )
         content["structures"][structure] = found
         print_structure(structure, found, console)
         if arguments.out:
