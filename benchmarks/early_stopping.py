@@ -195,7 +195,7 @@ def run_structure(
         "sequences": [sum(len(batch.index) for batch in one) for one in batches],
         "model_tokens": all_tokens,
         "check_every": check_every,
-        "collecting_cpu_s": gain.seconds + cost.seconds,
+        "collecting_cpu_s": (gain.seconds + cost.seconds) or None,  # None: all chunks were kept from an earlier run
         "looking_cpu_s": looking,  # reading chunks that were kept included
         "looks": looks,
         "stops": stops,
