@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 
 import pytest
 import torch
 from builders import random_adapter, random_batch
+from cli_runs import run_command
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from valid_files import STRUCTURES, synthetic_adapter, synthetic_fisher
@@ -127,6 +129,15 @@ def test_a_single_sequence_is_said_to_be_too_few(space, structure):
     sentences = " ".join(result.report.warnings)
     assert "Only 1 effective harm sequences" in sentences
     assert "Only 1 effective benign sequences" in sentences
+
+
+def test_a_merge_from_a_single_sequence_has_no_halves_to_compare(job, tmp_path):
+    arguments = ("--base", job["base"], "--harm", job["harm.jsonl"], "--benign", job["benign.jsonl"], "--limit", "1")
+    adapters = ("--utility", job["utility"], "--safety", job["safety"], "--structure", "kfac", "--top", "1")
+    code, said = run_command("merge", *arguments, *adapters, "--device", "cpu", "--out", str(tmp_path / "merged"))
+    assert code == 0, said
+    assert "Only 1 effective harm sequences" in " ".join(said.split())
+    assert json.loads((tmp_path / "merged" / "sstmerge_report.json").read_text())["stability"] is None
 
 
 @structures

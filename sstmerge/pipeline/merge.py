@@ -46,7 +46,7 @@ class MergeResult:
         gain: F_gain.
         cost: F_cost.
         spectrum: The solved pair.
-        stability: Agreement of the split halves; None where it was not asked for.
+        stability: Agreement of the split halves; None where it was not asked for, or a half of the data is empty.
     """
 
     adapter: Adapter
@@ -354,10 +354,14 @@ def finish(
     """
     adapter = roles.space.to_adapter(merged.core, name="merged", rank=rank)
     agreement = None
-    if stability:
+    if stability and _both_halves_have_tokens(spectrum):
         safety = roles.safety if spectrum.space is roles.space else spectrum.space.embed(roles.safety, roles.space)
         agreement = split_half_stability(spectrum, safety, directions=merged.report.directions)
     return MergeResult(adapter, merged, spectrum.gain, spectrum.cost, spectrum, agreement)
+
+
+def _both_halves_have_tokens(spectrum: Spectrum) -> bool:
+    return all(bool((fisher.counts.tokens > 0).all()) for fisher in (spectrum.gain, spectrum.cost))
 
 
 def _model_and_tokenizer(base: str | nn.Module, tokenizer: Any) -> tuple[nn.Module, Any]:
