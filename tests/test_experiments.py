@@ -141,6 +141,7 @@ def test_metrics_of_a_made_up_experiment(modules):
         samples,
         {"utility": expert, "safety": expert},
         ("sst2",),
+        "sst free",
     )
     found = report.intervals(results, resamples=100, seed=0)
     assert found["sst free"]["hypervolume, safety × utility"]["estimate"] == 1
@@ -181,6 +182,7 @@ def test_fidelity_runs_through_and_resumes(modules, model, data, tmp_path):
         assert -1.001 <= row["agreement"] <= 1.001
     # The first case of every reference is what the others are compared with.
     assert [r["agreement"] for r in rows[:: len(rows) // 2]] == pytest.approx([1, 1])
+    assert (tmp_path / "out" / "fidelity.png").stat().st_size > 10_000
     page = (tmp_path / "out" / "fidelity.md").read_text()
     assert page.count("| utility | ") == len(rows) // 2
 

@@ -81,6 +81,12 @@ def candidates(methods: Sequence[str] | None, structures: Sequence[str], rules: 
     return listed
 
 
+def primary(listed: Sequence[Candidate]) -> str:
+    """Return the name of the SST whose lead is reported: the one of the best held-out efficiency of Fishers (dev/LOG.md)."""
+    sst = [candidate.name for candidate in listed if candidate.kind == "sst"]
+    return next((name for name in sst if name.endswith(f"μ = {STRICT_WIENER:g}")), sst[0])
+
+
 @dataclass
 class Merger:
     """Merges any candidate at any scale.

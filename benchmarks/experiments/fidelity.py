@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from prompts import Sizes
 from stages import versions
 from torch import Tensor
@@ -143,6 +144,7 @@ class Fidelity:
             "stages": self.bench.stages.records,
         }
         write_json({"manifest": manifest, "rows": rows}, self.out / "fidelity.json")
+        _draw(rows).savefig(self.out / "fidelity.png", dpi=150)
         (self.out / "fidelity.md").write_text("\n".join(self._page(rows)) + "\n", encoding="utf-8")
 
     def _seed(self, seed: int) -> list[dict[str, Any]]:
@@ -227,6 +229,8 @@ class Fidelity:
             f"Means over {seeds} {'seed' if seeds == 1 else 'seeds'}; KL in nats per response token; 95 % intervals over "
             f"{'prompts' if seeds == 1 else 'seeds and prompts'}. Optimism is efficiency over held-out efficiency.",
             "",
+            "![Predicted and held-out against measured KL](fidelity.png)",
+            "",
             "| reference | structure | prompts | directions | predicted | held-out | measured | measured / predicted | "
             "optimism | agreement |",
             "|" + "---|" * 10,
@@ -258,6 +262,28 @@ def _cosine(fisher: Fisher, first: Tensor, second: Tensor) -> float:
     if not (one > 0 and other > 0):
         return 0.0
     return float((fisher.quadratic(first + second) - one - other) / (2 * (one * other) ** 0.5))
+
+
+def _draw(rows: list[dict[str, Any]]) -> Figure:
+    """Draw predicted and held-out KL against the measured one, a panel each, with the line where they agree."""
+    figure = Figure(figsize=(11, 5), layout="constrained")
+    positive = [row[name] for row in rows for name in COLUMNS[:3] if row[name] > 0]
+    limits = (min(positive) / 2, max(positive) * 2)
+    structures = sorted({row["structure"] for row in rows})
+    samples = sorted({row["samples"] for row in rows})
+    for axis, name in zip(figure.subplots(1, 2), COLUMNS[:2], strict=True):
+        for row in rows:
+            size = 30 * (1 + samples.index(row["samples"]))
+            color = f"C{structures.index(row['structure'])}"
+            axis.scatter([row["measured KL"]], [row[name]], s=size, color=color, alpha=0.7)
+        for index, structure in enumerate(structures):
+            axis.scatter([], [], color=f"C{index}", label=structure)
+        axis.plot(limits, limits, ":", color="grey")
+        axis.set(xscale="log", yscale="log", xlim=limits, ylim=limits)
+        axis.set(xlabel="measured KL, nats per token", ylabel=f"{name}, nats per token")
+        axis.grid(alpha=0.3)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right center", title="larger: more prompts")
+    return figure
 
 
 def main() -> None:

@@ -39,6 +39,7 @@ class Results:
         samples: Arrays (methods, scales, seeds, prompts) by name ("refused harmful", …, "correct sst2", …).
         experts: Arrays (seeds, prompts) by model ("base", "utility", "safety") and then by the same names.
         tasks: Names of the tasks.
+        primary: The method whose lead over every other one is reported.
     """
 
     names: tuple[str, ...]
@@ -46,6 +47,7 @@ class Results:
     samples: Arrays
     experts: Mapping[str, Arrays]
     tasks: tuple[str, ...]
+    primary: str
 
     def utility_of(self, arrays: Arrays) -> npt.NDArray[Any]:
         """Return the mean accuracy over tasks, without the last two axes."""
@@ -82,7 +84,7 @@ def _minus(whole: float, value: float | None) -> float | None:
 
 
 def intervals(results: Results, *, resamples: int, seed: int) -> dict[str, dict[str, Any]]:
-    """Return every metric of every method with its interval, and the hypervolumes' differences to the first SST method.
+    """Return every metric of every method with its interval, and the lead of the primary method's hypervolumes.
 
     Args:
         results: The results.
@@ -94,7 +96,7 @@ def intervals(results: Results, *, resamples: int, seed: int) -> dict[str, dict[
     """
     utility = float(results.utility_of(results.experts["utility"]))
     matched = MATCHED_SHARE * float(results.experts["safety"]["refused harmful"].mean())
-    own = next((i for i, name in enumerate(results.names) if name.startswith("sst")), None)
+    own = results.names.index(results.primary)
     found: dict[str, dict[str, Any]] = {}
     for index, name in enumerate(results.names):
         rows: dict[str, Any] = {}
@@ -104,14 +106,14 @@ def intervals(results: Results, *, resamples: int, seed: int) -> dict[str, dict[
                 return rule(results.curve(arrays, 0, plane), utility, matched)
 
             rows[title] = _interval(value, results.of([index], what), resamples, seed)
-            if title.startswith("hypervolume") and own not in (None, index):
+            if title.startswith("hypervolume") and own != index:
 
                 def lead(arrays: Arrays, plane: str = what) -> float:
                     ours, theirs = (hypervolume(results.curve(arrays, position, plane)) for position in (0, 1))
                     return ours - theirs
 
                 both = results.of([own, index], what)
-                rows[f"{results.names[own]} leads by, {title}"] = _interval(lead, both, resamples, seed)
+                rows[f"{results.primary} leads by, {title}"] = _interval(lead, both, resamples, seed)
         curve = results.curve(results.samples, index, UTILITY)
         for kind in ("pearson", "spearman"):
             try:

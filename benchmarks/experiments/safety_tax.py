@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from candidates import Candidate, Merger, candidates
+from candidates import Candidate, Merger, candidates, primary
 from measurement import OUTCOMES_FILE, as_arrays, measure
 from prompts import Prompts, Sizes
 from report import Results, stack, write_report
@@ -183,6 +183,7 @@ class SafetyTax:
             samples,
             {name: stack([one[name] for one in experts]) for name in experts[0]},
             self.config.tasks,
+            primary(self.listed),
         )
         manifest = {
             "experiment": "Experiment A: Safety Tax",
