@@ -91,7 +91,7 @@ def _sketch(out: Path, options: argparse.Namespace) -> list[str]:
 
 STAGES = {
     "kernels": Stage("Native ops against torch, PEFT and scipy", (1, 4), _kernels),
-    "merge-latency": Stage("The merge phase, Fishers at hand", (1, 8), _merges),
+    "merge-latency": Stage("The merge phase, Fishers at hand", (1, 14), _merges),
     "collection": Stage("Calibration against bare passes and peers", (2, 6), _collection),
     "collection-base": Stage("Calibration on a real model", (2, 6), _collection_of_base, needs_base=True),
     "scaling": Stage("How calibration and merge grow", (1, 6), _scaling),
