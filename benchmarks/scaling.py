@@ -21,6 +21,7 @@ an axis, and once more over its last two, where constants count least. Merges at
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -202,7 +203,8 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     console = Console(width=150)
-    content: dict = {"machine": machine(torch.device("cpu")), "threads": arguments.threads, "axes": {}}
+    content: dict = {"machine": machine(torch.device("cpu")), "threads": arguments.threads}
+    content |= {"load_average": os.getloadavg()[0], "repetitions": arguments.repetitions, "axes": {}}
     for axis in arguments.axes:
         points = [replace(Setting(), **{axis: value}) for value in AXES[axis][: arguments.points]]
         rows = [measure(point, arguments.structures, arguments.repetitions) for point in points]
