@@ -13,8 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from sstmerge.adapters import Adapter, CoreSpace, LoraFactors
 from sstmerge.errors import AdapterError, FisherError, InputError, OutputError
-from sstmerge.fisher import Fisher, collect_fisher, reference_points
-from sstmerge.fisher import fisher as fisher_module
+from sstmerge.fisher import Fisher, collect_fisher, reference_points, tensor_file
 from sstmerge.fisher.fisher import read_header
 from sstmerge.gevp import solve
 from sstmerge.pipeline.evaluate import measured_kl
@@ -89,7 +88,7 @@ def test_saving_to_a_full_disk_leaves_nothing(fishers, tmp_path, monkeypatch):
         path.write_bytes(b"half of it")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(fisher_module, "save_file", full)
+    monkeypatch.setattr(tensor_file, "save_file", full)
     with pytest.raises(OutputError, match=r"f.safetensors' could not be written: No space left"):
         fishers["kfac"].save(tmp_path / "f.safetensors")
     assert list(tmp_path.iterdir()) == []

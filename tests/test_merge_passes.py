@@ -81,11 +81,11 @@ def test_embedding_refuses_spaces_that_stack_other_adapters(space):
 @pytest.mark.parametrize("entries", [1, 50, 10**6])
 def test_columns_and_rows_at_once_do_not_change_products_of_scores(monkeypatch, model, space, entries, rows):
     monkeypatch.setattr(score_matrix, "_ROWS_PER_BLOCK", rows)
-    monkeypatch.setattr(score_matrix, "_ENTRIES_PER_CHUNK", entries)
+    monkeypatch.setattr(score_matrix, "ENTRIES_PER_CHUNK", entries)
     gain, cost = gain_and_cost(model, space, "global")
     G, H = (fisher.statistics["scores"].double() / fisher.tokens**0.5 for fisher in (gain, cost))
     left, right = ScoreMatrix(gain), ScoreMatrix(cost)
-    for gram, expected in zip(left.grams(right), (G @ G.mT, G @ H.mT, H @ H.mT), strict=True):
+    for gram, expected in zip(left.grams(right, None), (G @ G.mT, G @ H.mT, H @ H.mT), strict=True):
         torch.testing.assert_close(gram, expected)
     vector, weights = torch.randn(space.size, dtype=torch.float64), torch.randn(len(G), dtype=torch.float64)
     torch.testing.assert_close(left.times(vector), G @ vector)

@@ -307,10 +307,12 @@ def test_signals_wait_for_the_end_of_a_batch():
             signal.raise_signal(signal.SIGTERM)
             assert signalled() == signal.SIGTERM
 
+    # A shell's background job starts with SIGINT ignored.
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     with pytest.raises(Interrupted) as stopped:
         work()
     assert stopped.value.signal == signal.SIGTERM
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
 
 # ---- the tree of additions -------------------------------------------------------------------------------------------
