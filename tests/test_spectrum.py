@@ -272,6 +272,8 @@ def test_singular_cost_without_damping_is_named(pairs, structure):
 def test_an_unknown_damping_metric(pairs):
     with pytest.raises(InputError, match="damping_metric must be one of"):
         solve(*pairs["global"], damping_metric="euclidean")
+    with pytest.raises(InputError, match="is of 'global' alone, but the Fishers are 'kfac'"):
+        solve(*pairs["kfac"], damping_metric="kronecker")
 
 
 def test_layers_that_no_benign_score_reaches_are_not_free(pairs):

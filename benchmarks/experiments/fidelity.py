@@ -22,10 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from matplotlib.figure import Figure
 from prompts import Sizes
-from stages import versions
 from torch import Tensor
 from workbench import (
     FULL_TRAINING,
@@ -135,14 +133,7 @@ class Fidelity:
         """Run every stage that is missing, and write the report."""
         found = [self._seed(seed) for seed in self.config.seeds]
         rows = [self._row(case, [one[index] for one in found]) for index, case in enumerate(self.cases)]
-        manifest = {
-            "experiment": "Experiment C: fidelity",
-            "model": self.bench.model_key,
-            "config": asdict(self.config),
-            "versions": versions(),
-            "threads": torch.get_num_threads(),
-            "stages": self.bench.stages.records,
-        }
+        manifest = self.bench.manifest("Experiment C: fidelity", self.config)
         write_json({"manifest": manifest, "rows": rows}, self.out / "fidelity.json")
         _draw(rows).savefig(self.out / "fidelity.png", dpi=150)
         (self.out / "fidelity.md").write_text("\n".join(self._page(rows)) + "\n", encoding="utf-8")

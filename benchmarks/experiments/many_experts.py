@@ -13,14 +13,13 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from stages import versions
 from torch import Tensor
 from workbench import Workbench, common_arguments, in_words, rows_key, stage_names, stopwatch
 
@@ -183,14 +182,7 @@ class ManyExperts:
         keys = found[0].keys()
         samples = {k: {t: np.stack([one[k][t] for one in found]) for t in found[0][k]} for k in keys}
         rows = [self._row(count, name, samples) for count in config.counts for name in (BASE, *self.names)]
-        manifest = {
-            "experiment": "Experiment B: many experts",
-            "model": self.bench.model_key,
-            "config": asdict(config),
-            "versions": versions(),
-            "threads": torch.get_num_threads(),
-            "stages": self.bench.stages.records,
-        }
+        manifest = self.bench.manifest("Experiment B: many experts", self.config)
         write_json({"manifest": manifest, "rows": rows}, self.out / "many_experts.json")
         _draw(rows, config.counts, [BASE, *self.names]).savefig(self.out / "many_experts.png", dpi=150)
         (self.out / "many_experts.md").write_text("\n".join(self._page(rows)) + "\n", encoding="utf-8")

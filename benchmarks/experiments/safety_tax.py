@@ -16,18 +16,16 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-import torch
 from candidates import Candidate, Merger, candidates, primary
 from measurement import OUTCOMES_FILE, as_arrays, measure
 from prompts import Prompts, Sizes
 from report import Results, stack, write_report
-from stages import versions
 from workbench import (
     FULL_TRAINING,
     ROLES,
@@ -185,15 +183,11 @@ class SafetyTax:
             self.config.tasks,
             primary(self.listed),
         )
-        manifest = {
-            "experiment": "Experiment A: Safety Tax",
-            "model": self.bench.model_key,
-            "config": asdict(self.config),
-            "versions": versions(),
-            "threads": torch.get_num_threads(),
-            "not run": "methods that need an aligned full model beside its base (aligned_pair)",
-            "stages": self.bench.stages.records,
-        }
+        manifest = self.bench.manifest(
+            "Experiment A: Safety Tax",
+            self.config,
+            not_run="methods that need an aligned full model beside its base (aligned_pair)",
+        )
         write_report(results, self.out, manifest, resamples=self.config.resamples, seed=0)
 
     # ---- stages ----------------------------------------------------------------------------------------------------

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from prompts import Prompts, Sizes, draw_prompts
-from stages import Stages, digest, file_digest
+from stages import Stages, digest, file_digest, versions
 
 from sstmerge.adapters import Adapter, CoreSpace, load_adapter
 from sstmerge.demo.train_adapters import ALL_LINEAR, Recipe, fit_adapter
@@ -19,6 +21,9 @@ from sstmerge.fisher import Fisher, collect_fisher
 from sstmerge.pipeline.calibration import CollectionOptions, batches_of, collect_pair
 from sstmerge.pipeline.models import load_model, load_tokenizer
 from sstmerge.prompts import Example, encode
+
+sys.path.append(str(Path(__file__).parents[1]))  # what all benchmarks share
+from measuring import machine
 
 ROLES = ("utility", "safety")
 LONGEST = 256  # tokens of a training sequence
@@ -174,6 +179,19 @@ class Workbench:
         }
         folder = self.stages.run(f"own-fisher-{role}", inputs, compute)
         return Fisher.load(folder / "own.safetensors", space.adapters)
+
+    def manifest(self, experiment: str, config: Any, **more: Any) -> dict[str, Any]:
+        """Return what made a result: model, options, machine, versions and stages."""
+        return {
+            "experiment": experiment,
+            "model": self.model_key,
+            "config": asdict(config),
+            "machine": machine(self.model.device),
+            "versions": versions(),
+            "threads": torch.get_num_threads(),
+            **more,
+            "stages": self.stages.records,
+        }
 
     def seconds_per_row(self, rows: list[Example]) -> float:
         """Return the seconds of a forward pass per sequence, measured on these rows after a warm-up."""

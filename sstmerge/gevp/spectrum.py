@@ -312,7 +312,7 @@ def solve(
 
     Raises:
         FisherError: If the two are of different structures or spaces, or hold no response token.
-        InputError: If the damping is negative or not finite, or there is no such metric.
+        InputError: If the damping is negative or not finite, or the structure has no such metric.
     """
     if gain.structure is not cost.structure:
         raise FisherError(
@@ -328,6 +328,10 @@ def solve(
         raise InputError(f"damping must be a finite number >= 0, but is {damping}.")
     if damping_metric not in get_args(DampingMetric):
         raise InputError(f"damping_metric must be one of {get_args(DampingMetric)}, but is {damping_metric!r}.")
+    if damping_metric != "identity" and gain.structure is not Structure.GLOBAL:
+        raise InputError(
+            f"damping_metric='{damping_metric}' is of 'global' alone, but the Fishers are '{gain.structure}'."
+        )
     if gain.structure in (Structure.KFAC, Structure.BLOCK):
         chosen = torch.device(device or default_device())
         kind = KroneckerSpectrum if gain.structure is Structure.KFAC else BlockSpectrum
