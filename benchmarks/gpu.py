@@ -84,7 +84,7 @@ def steps(out: Path, device: str) -> Iterator[Step]:
         check = [*command, "--tool", tool]
         yield Step(tool, [*check, python, "-c", COMPILED_ONLY + DOCTOR], 80, missing=missing)
     results = out / f"kernels-{slug(device)}.json"
-    kernels = [python, "benchmarks/kernels.py", "--device", "cuda", "--seconds", "100", "--out", str(results)]
+    kernels = [python, "benchmarks/native_ops.py", "--device", "cuda", "--seconds", "100", "--out", str(results)]
     yield Step("benchmark", kernels, 150)
     tests = [python, "-m", "pytest", "-q", "-x", "-m", "gpu", "-k", "cuda_compiled", "tests/gpu"]
     yield Step(

@@ -51,7 +51,7 @@ class Stage:
 
 
 def _kernels(out: Path, options: argparse.Namespace) -> list[str]:
-    return ["kernels.py", "--device", options.device, "--out", str(out), *(["--quick"] if options.quick else [])]
+    return ["native_ops.py", "--device", options.device, "--out", str(out), *(["--quick"] if options.quick else [])]
 
 
 def _merges(out: Path, options: argparse.Namespace) -> list[str]:

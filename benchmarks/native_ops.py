@@ -1,6 +1,6 @@
 """Every native op against torch, PEFT, scipy and cupy, and against a copy of the bytes that it must move.
 
-    python benchmarks/kernels.py [--device cuda] [--quick] [--only OP] [--out FILE] [--driver-table FILE]
+    python benchmarks/native_ops.py [--device cuda] [--quick] [--only OP] [--out FILE] [--driver-table FILE]
 
 On a GPU everything runs there; on a CPU the problems are smaller, and every one runs with one thread and with two.
 Variants of a case run in turn; "×" in the tables is how many times longer the other takes than ours, the median of the
@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 
 import torch
-from kernel_cases import CASES, eigen_problems
+from native_op_cases import CASES, eigen_problems
 from measuring import Case, device_name, machine, measure, print_results, write_results
 from rich.console import Console
 
@@ -87,7 +87,7 @@ def write_driver_table(path: Path, device: torch.device, rows: list[dict]) -> No
     """Put the rows into a driver table, in the place of those of the same device."""
     content = json.loads(path.read_text(encoding="utf-8"))
     name = device_name(device)
-    source = [f"benchmarks/kernels.py --driver-table, torch {torch.__version__}, CUDA {torch.version.cuda}"]
+    source = [f"benchmarks/native_ops.py --driver-table, torch {torch.__version__}, CUDA {torch.version.cuda}"]
     tables = [table for table in content["tables"] if table["device"] != name]
     tables.append({"device": name, "source": source, "rows": rows})
     write_results(path, {**content, "tables": tables})

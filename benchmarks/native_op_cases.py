@@ -1,4 +1,4 @@
-"""The problems of benchmarks/kernels.py: every op, the best composition of torch's functions, and the usual naive one."""
+"""The problems of benchmarks/native_ops.py: every op, the best composition of torch's functions, and the usual naive one."""
 
 from __future__ import annotations
 
