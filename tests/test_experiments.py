@@ -64,6 +64,7 @@ def tiny(modules):
         seeds=(0, 1),
         scales=(0.5, 1.5),
         methods=("task_arithmetic", "regmean", "fisher_ratio_mask"),
+        structures=("global",),
         rules=("project", "wiener", "joint"),
         training=modules["workbench"].Training(epochs=1, safety_epochs=1, learned_tokens=4),
         answer_tokens=4,

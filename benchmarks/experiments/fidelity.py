@@ -94,6 +94,7 @@ QUICK = Config(
     samples=(8, 16),
     structures=(EXACT, "kfac", "diagonal"),
     references=("utility", HALF_WAY),
+    training=SHORT_TRAINING,
     resamples=300,
 )
 COLUMNS = ("predicted KL", "held-out KL", "measured KL", "efficiency", "held-out efficiency", "agreement")

@@ -101,13 +101,12 @@ class Config:
 
 
 SHORT = Config(
+    counts=(8, 14),
     seeds=(0,),
-    train=160,
-    fisher_rows=24,
-    test=24,
-    scales=(0.2, 0.5),
+    fisher_rows=32,
+    test=48,
+    scales=(0.2, 0.4, 0.8),
     methods=("task_arithmetic", "ties", "dare", "tsv_m", "iso_c", "knots_ties", "subspace_boosting", "regmean"),
-    epochs=1,
     resamples=1000,
 )
 QUICK = Config(

@@ -112,21 +112,13 @@ SHORT = Config(
 QUICK = Config(
     tasks=("sst2",),
     seeds=(0,),
-    sizes=Sizes(safety=120, utility=120, calibration=32, test=24, task_test=48),
-    scales=(0.5, 1.0, 1.5),
-    methods=(
-        "task_arithmetic",
-        "ties",
-        "dare",
-        "tsv_m",
-        "iso_c",
-        "knots_ties",
-        "fisher_full",
-        "regmean",
-        "fisher_ratio_mask",
-    ),
-    structures=("global",),
-    rules=("project",),
+    sizes=Sizes(safety=120, utility=120, calibration=32, test=24, task_test=24),
+    scales=(1.0, 1.5),
+    methods=("task_arithmetic", "ties", "dare", "tsv_m", "iso_c", "knots_ties", "fisher_full", "regmean"),
+    structures=("kfac",),
+    rules=("wiener",),
+    training=SHORT_TRAINING,
+    answer_tokens=10,
     resamples=300,
 )
 
