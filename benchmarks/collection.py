@@ -44,6 +44,7 @@ from collection_workload import (
 )
 from measuring import machine, write_results
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 
 from sstmerge.fisher import collect_fisher
@@ -125,12 +126,12 @@ def measure(work: Workload, repetitions: int, wanted: list[str]) -> dict[str, ob
             skipped[name] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
     cpu: dict[str, list[float]] = {name: [] for name in calls}
     wall: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(repetitions):
-        for name, call in calls.items():
-            start, start_wall = time.process_time(), time.perf_counter()
-            call()
-            cpu[name].append(time.process_time() - start)
-            wall[name].append(time.perf_counter() - start_wall)
+    turns = [turn for _ in range(repetitions) for turn in calls.items()]
+    for name, call in track(turns, description=f"{work.name}, {torch.get_num_threads()} threads"):
+        start, start_wall = time.process_time(), time.perf_counter()
+        call()
+        cpu[name].append(time.process_time() - start)
+        wall[name].append(time.perf_counter() - start_wall)
     for name, parts in SUMS.items():
         if all(part in cpu for part in parts):
             for times in (cpu, wall):

@@ -20,8 +20,8 @@ import time
 from pathlib import Path
 
 import torch
-from native_op_cases import CASES, eigen_problems
 from measuring import Case, device_name, machine, measure, print_results, write_results
+from native_op_cases import CASES, eigen_problems
 from rich.console import Console
 
 from sstmerge import ops
