@@ -101,7 +101,7 @@ class Config:
 
 
 SHORT = Config(
-    counts=(8, 14),
+    counts=(4, 8),
     seeds=(0,),
     fisher_rows=32,
     test=48,

@@ -58,6 +58,11 @@ def _about_data(spectrum: Spectrum) -> list[str]:
             "The gain and the cost come from the same data, so λ compares labels alone and cannot tell apart what refusals "
             "need from what benign answers need; give different harm and benign files."
         )
+    if cost.get("labels") == "data":
+        sentences.append(
+            "The cost was collected with the labels of its data: it measures what makes those responses likelier, and what is "
+            "called predicted benign KL here is no KL (that takes labels='sampled')."
+        )
     return sentences
 
 
