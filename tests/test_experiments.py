@@ -64,7 +64,7 @@ def tiny(modules):
         seeds=(0, 1),
         scales=(0.5, 1.5),
         methods=("task_arithmetic", "regmean", "fisher_ratio_mask"),
-        structures=("global",),
+        structures=("global", "kfac"),
         rules=("project", "wiener", "joint"),
         training=modules["workbench"].Training(epochs=1, safety_epochs=1, learned_tokens=4),
         answer_tokens=4,
@@ -85,6 +85,11 @@ def test_safety_tax_runs_through_and_resumes(modules, model, data, tmp_path):
     names = ["task_arithmetic", "regmean", "fisher_ratio_mask", "sst global project", "sst global wiener"]
     names += [
         "sst global joint",
+        "sst kfac project",
+        "sst kfac wiener",
+        "sst kfac joint",
+        "sst kfac wiener, μ = 10",
+        "sst kfac wiener, μ = 10, refusals as cost",
         "sst global project, Kronecker damping",
         "control: random directions",
         "control: F_cost = I",
@@ -96,8 +101,9 @@ def test_safety_tax_runs_through_and_resumes(modules, model, data, tmp_path):
     assert [point["scale"] for point in results["points"]["regmean"]] == [0.5, 1.5]
     assert [p["scale"] for p in results["points"]["sst global project, Kronecker damping"]] == [1.0, 3.0]
     assert "Kronecker damping at [1.0, 3.0]" in page
-    # Every stage once: 2 seeds × (2 adapters, 3 pairs of Fishers, 2 own Fishers, 3 models alone, 10 methods at 2 scales).
-    assert len(said) == len(results["manifest"]["stages"]) == 2 * (2 + 3 + 2 + 3 + 20)
+    # Every stage once: 2 seeds × (2 adapters, 3 pairs of Fishers, 2 own Fishers and one of refusals, 3 models alone, 15 methods
+    # at 2 scales).
+    assert len(said) == len(results["manifest"]["stages"]) == 2 * (2 + 3 + 3 + 3 + 30)
 
     # Again, with every method there is: only the new ones are run.
     said.clear()

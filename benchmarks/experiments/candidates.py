@@ -22,6 +22,11 @@ IDENTITY = 1e9
 # A direction's gain over its gain and cost: Wiener's signal over signal and noise, so that nothing has to be chosen.
 WIENER = 1.0
 STRICT_WIENER = 10.0
+# Weight of the refusals of benign prompts in F_cost, and the name of the spectrum that has them.
+REFUSAL_WEIGHT = 4.0
+REFUSALS = "kfac, refusals"
+REFUSALS_NAME = f"sst kfac wiener, μ = {STRICT_WIENER:g}, refusals as cost"
+REFUSALS_STRETCH = 8.0  # what refuses benign prompts is most of the adapter, so little of it is left at scale 1
 # The exact sum, written in other ways, and what needs an aligned full model, which an adapter is not.
 SAME_AS_TASK_ARITHMETIC = ("cat",)
 
@@ -69,6 +74,7 @@ def candidates(methods: Sequence[str] | None, structures: Sequence[str], rules: 
     if "wiener" in rules and "kfac" in structures:
         strict = {"structure": "kfac", "rule": "wiener", "mu": STRICT_WIENER}
         listed.append(Candidate(f"sst kfac wiener, μ = {STRICT_WIENER:g}", "sst", strict, stretch=2.0))
+        listed.append(Candidate(REFUSALS_NAME, "sst", {**strict, "spectrum": REFUSALS}, stretch=REFUSALS_STRETCH))
     if "global" in structures:
         damped = {"structure": "global", "rule": "project", "damping_metric": "kronecker"}
         listed.append(Candidate("sst global project, Kronecker damping", "sst", damped, stretch=2.0))
@@ -94,7 +100,7 @@ class Merger:
     Attributes:
         adapters: "utility" and "safety".
         roles: The same in their core space.
-        spectra: Solved pairs by structure; "permuted" for the control.
+        spectra: Solved pairs by structure; "permuted" for the control, REFUSALS for refusals as cost.
         own: K-FAC Fisher of each adapter on its own data.
         seed: Seed of whatever is random.
     """
@@ -116,7 +122,9 @@ class Merger:
             return self._method(candidate.settings["method"], scale)
         settings = candidate.settings
         control = settings.get("control")
-        spectrum = self.spectra["permuted" if control == "permuted" else settings["structure"]]
+        spectrum = self.spectra[
+            "permuted" if control == "permuted" else settings.get("spectrum", settings["structure"])
+        ]
         if control == "identity":
             spectrum = solve(spectrum.gain, spectrum.cost, damping=IDENTITY)
         if "damping_metric" in settings:

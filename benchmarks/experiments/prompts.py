@@ -47,6 +47,7 @@ class Prompts:
         utility: What the utility adapter learns.
         gain: Calibration prompts of F_gain.
         cost: Calibration prompts of F_cost.
+        more_benign: Further ordinary and borderline prompts, whose refusals count as cost where that is asked for.
         test: Test prompts by kind: "harmful", "borderline", "ordinary".
         tasks: Test examples by task.
     """
@@ -56,6 +57,7 @@ class Prompts:
     utility: list[Example]
     gain: list[Example]
     cost: list[Example]
+    more_benign: list[Example]
     test: dict[str, list[Example]]
     tasks: dict[str, list[Example]]
 
@@ -96,7 +98,11 @@ def draw_prompts(data: Path | None, tasks: Sequence[str], sizes: Sizes, seed: in
         for t in tasks
     ]
     per_task = max(1, sizes.calibration // (2 * len(tasks)))
-    borderline = load_examples(str(data_folder() / "borderline.jsonl"), split="calibration")
+    borderline = without(load_examples(str(data_folder() / "borderline.jsonl"), split="calibration"), tested)
+    more = [
+        *_draw(without(_short(alpaca), tested, refusals, ordinary), 2 * sizes.calibration, seed),
+        *without(load_examples(str(data_folder() / "borderline.jsonl")), tested, borderline),
+    ]
     learned, rest = ordinary[: sizes.safety], ordinary[sizes.safety :]
     found = Prompts(
         safety=harmful[: sizes.safety] + learned,
@@ -105,14 +111,15 @@ def draw_prompts(data: Path | None, tasks: Sequence[str], sizes: Sizes, seed: in
         gain=harmful[sizes.safety :],
         cost=[
             *rest[: sizes.calibration],
-            *without(borderline, tested)[: sizes.calibration // 2],
+            *borderline[: sizes.calibration // 2],
             *(e for rows in task_rows for e in rows[sizes.utility : sizes.utility + per_task]),
         ],
+        more_benign=more,
         test=test,
         tasks=task_tests,
     )
     parts = {"safety training": found.safety, "utility training": found.utility, "test": tested}
-    refuse_overlaps(parts | {"calibration": [*found.gain, *found.cost]})
+    refuse_overlaps(parts | {"calibration": [*found.gain, *found.cost, *found.more_benign]})
     return found
 
 

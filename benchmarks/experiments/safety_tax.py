@@ -22,7 +22,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-from candidates import Candidate, Merger, candidates, primary
+from candidates import REFUSAL_WEIGHT, REFUSALS, Candidate, Merger, candidates, primary
 from measurement import OUTCOMES_FILE, as_arrays, measure
 from prompts import Prompts, Sizes
 from report import Results, stack, write_report
@@ -201,6 +201,12 @@ class SafetyTax:
         mixed = [mixed[position] for position in np.random.default_rng(seed).permutation(len(mixed))]
         split = len(prompts.gain)
         spectra["permuted"] = spectrum(config.structures[0], mixed[:split], mixed[split:])
+        if any(candidate.settings.get("spectrum") == REFUSALS for candidate in self.listed):
+            weighted = replace(options, structure="kfac", refusal_weight=REFUSAL_WEIGHT)
+            benign = [*prompts.cost, *prompts.more_benign]
+            penalty = bench.refusal_fisher(prompts.gain, benign, weighted, space, folders)
+            pair = spectra["kfac"]
+            spectra[REFUSALS] = solve(pair.gain, pair.cost.with_penalty(penalty))
         own = {"utility": prompts.utility[:OWN_ROWS], "safety": prompts.safety[:OWN_ROWS]}
         fishers = {r: bench.own_fisher(r, own[r], STATISTICS, space, folders, seed) for r in ROLES}
         return Merger(adapters, roles_in(space, ["utility"], "safety", None), spectra, FisherStatistics(fishers), seed)
@@ -247,6 +253,8 @@ class SafetyTax:
 
 def _statistics_of(settings: dict[str, Any]) -> tuple[str, ...]:
     """Return how the names of the stages begin that a merge depends on beside the adapters."""
+    if settings.get("spectrum") == REFUSALS:
+        return ("refusal-fisher-", "fishers-kfac-")
     if "structure" in settings:
         return (f"fishers-{settings['structure']}-",)
     if "method" in settings and available_methods()[settings["method"]].needs:

@@ -18,7 +18,7 @@ from sstmerge.adapters import Adapter, CoreSpace, load_adapter
 from sstmerge.demo.train_adapters import ALL_LINEAR, Recipe, fit_adapter
 from sstmerge.errors import SSTMergeError
 from sstmerge.fisher import Fisher, collect_fisher
-from sstmerge.pipeline.calibration import CollectionOptions, batches_of, collect_pair
+from sstmerge.pipeline.calibration import CollectionOptions, batches_of, collect_pair, refused
 from sstmerge.pipeline.models import load_model, load_tokenizer
 from sstmerge.prompts import Example, encode
 
@@ -136,7 +136,7 @@ class Workbench:
                 fisher.save(folder / f"{name}.safetensors")
 
         inputs = {
-            "options": asdict(options),
+            "options": _described(options),
             "gain": rows_key(gain),
             "cost": rows_key(cost),
             "adapters": stage_names(folders),
@@ -144,6 +144,34 @@ class Workbench:
         folder = self.stages.run(f"fishers-{options.structure}", inputs, compute)
         found = [Fisher.load(folder / f"{name}.safetensors", space.adapters) for name in PAIR]
         return found[0], found[1]
+
+    def refusal_fisher(
+        self, gain: list[Example], benign: list[Example], options: CollectionOptions, space: CoreSpace, folders: Folders
+    ) -> Fisher:
+        """Collect the empirical Fisher of the refusals as responses to benign prompts, or load it."""
+        rows = refused(benign, gain, options)
+
+        def compute(folder: Path) -> None:
+            batches = batches_of(self.model, self.tokenizer, rows, options)
+            collect_fisher(
+                self.model,
+                batches,
+                space,
+                structure=options.structure,
+                labels="data",
+                reference=options.reference,
+                seed=options.seed,
+                metadata={"response_tokens": options.response_tokens},
+            ).save(folder / "refusals.safetensors")
+
+        inputs = {
+            "options": _described(options),
+            "weight": options.refusal_weight,
+            "rows": rows_key(rows),
+            "adapters": stage_names(folders),
+        }
+        folder = self.stages.run(f"refusal-fisher-{options.structure}", inputs, compute)
+        return Fisher.load(folder / "refusals.safetensors", space.adapters)
 
     def own_fisher(
         self,
@@ -204,6 +232,11 @@ class Workbench:
                     self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
             elapsed = time.perf_counter() - started
         return elapsed / len(rows)
+
+
+def _described(options: CollectionOptions) -> dict[str, Any]:
+    """Return all options but the weight of refusals, whose Fisher is a stage of its own."""
+    return {name: value for name, value in asdict(options).items() if name != "refusal_weight"}
 
 
 def rows_key(rows: Sequence[Example]) -> str:

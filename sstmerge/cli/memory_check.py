@@ -73,5 +73,8 @@ def _rows(given: Mapping[str, Any]) -> int:
         files = [file for file in given.get(role) or [] if Path(file).is_file()]
         count = len(load_all(files, split=given["split"], limit=given["limit"])) if files else 0
         sampled = role == "benign" or (role == "data" and given.get("labels") == "sampled")
-        rows += min(count, given.get("max_samples") or count) * (given["draws"] if sampled else 1)
+        each = given["draws"] if sampled else 1
+        if role == "benign" and given.get("refusal_weight"):
+            each += 1
+        rows += min(count, given.get("max_samples") or count) * each
     return rows * points_of(given["reference"])

@@ -129,6 +129,12 @@ def merge(
     tolerance: Tolerance = None,
     max_samples: MaxSamples = None,
     check_every: CheckEvery = 16,
+    refusal_weight: Annotated[
+        float,
+        typer.Option(
+            "--refusal-weight", help="Count refusals of benign prompts as cost with this weight; 0: KL alone."
+        ),
+    ] = 0.0,
     completion_tokens: Annotated[
         int, typer.Option("--completion-tokens", help="Longest generated response of a benign prompt without one.")
     ] = 32,
@@ -190,6 +196,7 @@ def merge(
         tolerance=tolerance,
         max_samples=max_samples,
         check_every=check_every,
+        refusal_weight=refusal_weight,
     )
     shared: dict[str, Any] = {
         "utility": utility or [],

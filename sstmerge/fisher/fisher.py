@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -225,6 +225,22 @@ class Fisher:
         return Fisher(
             self.structure, self.space, statistics, self.counts + other.counts, {**self.metadata, "data": data}
         )
+
+    def with_penalty(self, penalty: Fisher) -> Fisher:
+        """Return F_cost with another Fisher added that counts as cost, too, whatever its labels are.
+
+        Args:
+            penalty: The empirical Fisher of responses that must not become likelier, such as refusals of benign prompts.
+
+        Returns:
+            The sum, per response token of both. Its quadratic form is no KL any more; the metadata say so ("penalty").
+
+        Raises:
+            FisherError: If the two are of different spaces or structures, or were taken in different ways otherwise.
+        """
+        data, labels = penalty.metadata.get("data"), self.metadata.get("labels")
+        total = self + replace(penalty, metadata={**penalty.metadata, "labels": labels})
+        return replace(total, metadata={**self.metadata, "penalty": data})
 
     def in_space(self, space: CoreSpace) -> Fisher:
         """Return the same Fisher attached to an equal space object.

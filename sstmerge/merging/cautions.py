@@ -60,8 +60,12 @@ def _about_data(spectrum: Spectrum) -> list[str]:
         )
     if cost.get("labels") == "data":
         sentences.append(
-            "The cost was collected with the labels of its data: it measures what makes those responses likelier, and what is "
-            "called predicted benign KL here is no KL (that takes labels='sampled')."
+            "The cost was collected with the labels of its data: it measures what makes those responses likelier, and what "
+            "is called predicted benign KL here is no KL (that takes labels='sampled')."
+        )
+    if cost.get("penalty") is not None:
+        sentences.append(
+            "Refusals of benign prompts count as cost here, so what is called predicted benign KL is larger than the KL."
         )
     return sentences
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -52,6 +54,9 @@ class CollectionOptions:
             collects all there is (`sstmerge.pipeline.sequential`).
         max_samples: Collect at most so many sequences of each kind, a random choice; None for all.
         check_every: Sequences of each kind between two looks.
+        refusal_weight: Weight of a second part of F_cost, the empirical Fisher of the harmful prompts' refusals as responses
+            to the benign prompts: what makes harmless requests refused counts as cost, though the model hardly refuses
+            them yet, so that the KL cannot see it. 0 for the KL alone.
     """
 
     structure: str = "global"
@@ -69,8 +74,13 @@ class CollectionOptions:
     tolerance: float | None = None
     max_samples: int | None = None
     check_every: int = 16
+    refusal_weight: float = 0.0
 
     def __post_init__(self) -> None:
+        if not 0 <= self.refusal_weight < math.inf:
+            raise InputError(f"refusal_weight must be a finite number >= 0, but is {self.refusal_weight}.")
+        if self.refusal_weight and self.stopping_rule is not None:
+            raise InputError("refusal_weight takes all data; leave out tolerance and max_samples.")
         _ = self.stopping_rule  # refuses numbers that make no sense before a model is loaded
 
     @property
@@ -138,6 +148,26 @@ def complete(
     return with_responses(examples, answers)
 
 
+def refused(benign: Sequence[Example], harm: Sequence[Example], options: CollectionOptions) -> list[Example]:
+    """Pair benign prompts with refusals, for the part of F_cost that `refusal_weight` asks for.
+
+    Args:
+        benign: Benign prompts; their own responses are not looked at.
+        harm: Harmful prompts with refusals.
+        options: `refusal_weight`, which multiplies the weights of the prompts, and the seed of the pairing.
+
+    Returns:
+        Every benign prompt with the refusal of a harmful one drawn at random; none where the weight is 0.
+    """
+    if not options.refusal_weight:
+        return []
+    draw = random.Random(options.seed)
+    return [
+        replace(example, response=draw.choice(harm).response, weight=options.refusal_weight * example.weight)
+        for example in benign
+    ]
+
+
 def batches_of(
     model: nn.Module, tokenizer: Any, examples: Sequence[Example], options: CollectionOptions
 ) -> list[Batch]:
@@ -155,6 +185,7 @@ def collect_pair(
     benign: Sequence[Batch],
     options: CollectionOptions,
     *,
+    refusals: Sequence[Batch] = (),
     home: CoreSpace | None = None,
     progress: Progress = no_progress,
     run: Run = Run(),  # noqa: B008 (frozen)
@@ -163,6 +194,8 @@ def collect_pair(
     damping: float | None = None,
 ) -> tuple[Fisher, Fisher]:
     """Collect F_gain (labels from the data) and F_cost (labels sampled from the model) at one reference.
+
+    Refusals of benign prompts (`refused`) are a part of F_cost with the labels of the data.
 
     `ekfac` takes two passes: one of `kfac` whose generalized eigenbasis the second one refits eigenvalues in. With a
     tolerance the first pass decides how much is collected, and the second one sees the same sequences.
@@ -173,6 +206,7 @@ def collect_pair(
         harm: Harmful prompts with refusals.
         benign: Benign prompts with responses.
         options: How.
+        refusals: What `refused` made of the benign prompts; none leaves F_cost the curvature of the KL.
         home: The space that the reference is a point of, where `space` is only part of it.
         progress: Progress.
         run: The processes that share the work, and where it is checkpointed.
@@ -215,10 +249,11 @@ def collect_pair(
             checkpoint=run.checkpoint("-".join(filter(None, [name, *what.split(), structure, part]))),
         )
 
-    gain, cost = (
-        partial(collect, what="harm Fisher", labels="data"),
-        partial(collect, what="benign Fisher", labels="sampled"),
-    )
+    def cost(batches: Sequence[Batch], **how: Any) -> Fisher:
+        found = collect(batches, "benign Fisher", "sampled", **how)
+        return found.with_penalty(collect(refusals, "refusal Fisher", "data", **how)) if refusals else found
+
+    gain = partial(collect, what="harm Fisher", labels="data")
     first = options.structure if options.structure != "ekfac" else "kfac"
     if rule is None:
         pair = gain(harm, structure=first), cost(benign, structure=first)

@@ -25,6 +25,7 @@ from sstmerge.pipeline.calibration import (
     collect_pair,
     complete,
     load_all,
+    refused,
 )
 from sstmerge.pipeline.models import load_model, load_tokenizer
 from sstmerge.pipeline.progress import Progress, no_progress
@@ -172,6 +173,7 @@ def merge(
         harm_batches,
         benign_batches,
         options,
+        refusals=batches_of(model, tokenizer, refused(benign_examples, harm_examples, options), options),
         home=roles.space,
         progress=progress,
         run=run,

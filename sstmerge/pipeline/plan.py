@@ -66,7 +66,8 @@ def plan_merge(
     missing = sum(example.response is None for example in sets["benign"])
     passes = 2 if structure is Structure.EKFAC else 1
     # Forward 2 and activation gradients 2 FLOP per parameter and token; each further draw repeats the backward half.
-    flop = passes * points * parameters * (4 * tokens["harm"] + (2 + 2 * options.draws) * tokens["benign"])
+    benign_flop = 2 + 2 * options.draws + (4 if options.refusal_weight else 0)
+    flop = passes * points * parameters * (4 * tokens["harm"] + benign_flop * tokens["benign"])
     table = Table(title="Plan (nothing is run)", show_header=False)
     table.add_row("base model", f"{base}: {parameters / 1e6:,.1f} M parameters")
     table.add_row("adapters", ", ".join(f"{a.name} ({a.source})" for a in space.adapters))
@@ -101,7 +102,8 @@ def _fisher_bytes(
 ) -> int:
     shapes = [group.core_shape for group in space.groups]
     if structure is Structure.GLOBAL:
-        rows = points * (len(sets["harm"]) + options.draws * len(sets["benign"]))
+        benign_rows = options.draws + (1 if options.refusal_weight else 0)
+        rows = points * (len(sets["harm"]) + benign_rows * len(sets["benign"]))
         return rows * space.size * 4
     per_layer = {
         Structure.DIAGONAL: lambda o, i: 8 * o * i,
