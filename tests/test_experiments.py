@@ -90,6 +90,7 @@ def test_safety_tax_runs_through_and_resumes(modules, model, data, tmp_path):
         "sst kfac joint",
         "sst kfac wiener, μ = 10",
         "sst kfac wiener, μ = 10, refusals as cost",
+        "sst kfac wiener, μ = 30, refusals as cost",
         "sst global project, Kronecker damping",
         "control: random directions",
         "control: F_cost = I",
@@ -101,9 +102,9 @@ def test_safety_tax_runs_through_and_resumes(modules, model, data, tmp_path):
     assert [point["scale"] for point in results["points"]["regmean"]] == [0.5, 1.5]
     assert [p["scale"] for p in results["points"]["sst global project, Kronecker damping"]] == [1.0, 3.0]
     assert "Kronecker damping at [1.0, 3.0]" in page
-    # Every stage once: 2 seeds × (2 adapters, 3 pairs of Fishers, 2 own Fishers and one of refusals, 3 models alone, 15 methods
-    # at 2 scales).
-    assert len(said) == len(results["manifest"]["stages"]) == 2 * (2 + 3 + 3 + 3 + 30)
+    # Every stage once: 2 seeds × (2 adapters, 3 pairs of Fishers, 2 own Fishers and one of refusals, 3 models alone,
+    # 16 methods at 2 scales).
+    assert len(said) == len(results["manifest"]["stages"]) == 2 * (2 + 3 + 3 + 3 + 32)
 
     # Again, with every method there is: only the new ones are run.
     said.clear()
@@ -148,12 +149,16 @@ def test_metrics_of_a_made_up_experiment(modules):
         samples,
         {"utility": expert, "safety": expert},
         ("sst2",),
-        "sst free",
+        ("sst free",),
     )
     found = report.intervals(results, resamples=100, seed=0)
     assert found["sst free"]["hypervolume, safety × utility"]["estimate"] == 1
     assert found["paying"]["hypervolume, safety × utility"]["estimate"] == 0.25
     assert found["paying"]["sst free leads by, hypervolume, safety × utility"]["estimate"] == 0.75
+    assert found["paying"]["sst free, over-refusal at matched safety over that of"]["estimate"] == 0
+    table = report._table_of_leads("sst free", ["paying"], found)[-1]
+    assert table.startswith("| paying | **0.75 [")
+    assert table.count("**0 [0, 0]**") == 1
     assert found["sst free"]["safety at 95 % utility"]["estimate"] == 1
     assert found["paying"]["safety at 95 % utility"]["estimate"] == pytest.approx(0.05)
     assert found["paying"]["Safety Tax at matched safety"]["estimate"] == pytest.approx(0.8)

@@ -25,8 +25,8 @@ STRICT_WIENER = 10.0
 # Weight of the refusals of benign prompts in F_cost, and the name of the spectrum that has them.
 REFUSAL_WEIGHT = 4.0
 REFUSALS = "kfac, refusals"
-REFUSALS_NAME = f"sst kfac wiener, μ = {STRICT_WIENER:g}, refusals as cost"
-REFUSALS_STRETCH = 8.0  # what refuses benign prompts is most of the adapter, so little of it is left at scale 1
+# What refuses benign prompts is most of the adapter, so little of it is left at scale 1: the units of the two sweeps, by μ.
+REFUSALS_STRETCH = {STRICT_WIENER: 8.0, 30.0: 20.0}
 # The exact sum, written in other ways, and what needs an aligned full model, which an adapter is not.
 SAME_AS_TASK_ARITHMETIC = ("cat",)
 
@@ -74,7 +74,9 @@ def candidates(methods: Sequence[str] | None, structures: Sequence[str], rules: 
     if "wiener" in rules and "kfac" in structures:
         strict = {"structure": "kfac", "rule": "wiener", "mu": STRICT_WIENER}
         listed.append(Candidate(f"sst kfac wiener, μ = {STRICT_WIENER:g}", "sst", strict, stretch=2.0))
-        listed.append(Candidate(REFUSALS_NAME, "sst", {**strict, "spectrum": REFUSALS}, stretch=REFUSALS_STRETCH))
+        for mu, stretch in REFUSALS_STRETCH.items():
+            settings = {**strict, "mu": mu, "spectrum": REFUSALS}
+            listed.append(Candidate(f"sst kfac wiener, μ = {mu:g}, refusals as cost", "sst", settings, stretch))
     if "global" in structures:
         damped = {"structure": "global", "rule": "project", "damping_metric": "kronecker"}
         listed.append(Candidate("sst global project, Kronecker damping", "sst", damped, stretch=2.0))
@@ -87,10 +89,10 @@ def candidates(methods: Sequence[str] | None, structures: Sequence[str], rules: 
     return listed
 
 
-def primary(listed: Sequence[Candidate]) -> str:
-    """Return the name of the SST whose lead is reported: the one of the best held-out efficiency of Fishers (dev/LOG.md)."""
+def primary(listed: Sequence[Candidate]) -> tuple[str, ...]:
+    """Return the names of the SST whose leads are reported: those chosen on other prompts than the test's (dev/LOG.md)."""
     sst = [candidate.name for candidate in listed if candidate.kind == "sst"]
-    return next((name for name in sst if name.endswith(f"μ = {STRICT_WIENER:g}")), sst[0])
+    return tuple(name for name in sst if "μ = " in name) or (sst[0],)
 
 
 @dataclass

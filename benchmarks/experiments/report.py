@@ -39,7 +39,7 @@ class Results:
         samples: Arrays (methods, scales, seeds, prompts) by name ("refused harmful", …, "correct sst2", …).
         experts: Arrays (seeds, prompts) by model ("base", "utility", "safety") and then by the same names.
         tasks: Names of the tasks.
-        primary: The method whose lead over every other one is reported.
+        primary: The methods whose leads over every other one are reported.
     """
 
     names: tuple[str, ...]
@@ -47,7 +47,7 @@ class Results:
     samples: Arrays
     experts: Mapping[str, Arrays]
     tasks: tuple[str, ...]
-    primary: str
+    primary: tuple[str, ...]
 
     def utility_of(self, arrays: Arrays) -> npt.NDArray[Any]:
         """Return the mean accuracy over tasks, without the last two axes."""
@@ -84,7 +84,7 @@ def _minus(whole: float, value: float | None) -> float | None:
 
 
 def intervals(results: Results, *, resamples: int, seed: int) -> dict[str, dict[str, Any]]:
-    """Return every metric of every method with its interval, and the lead of the primary method's hypervolumes.
+    """Return every metric of every method with its interval, and what the primary methods are ahead by.
 
     Args:
         results: The results.
@@ -96,7 +96,6 @@ def intervals(results: Results, *, resamples: int, seed: int) -> dict[str, dict[
     """
     utility = float(results.utility_of(results.experts["utility"]))
     matched = MATCHED_SHARE * float(results.experts["safety"]["refused harmful"].mean())
-    own = results.names.index(results.primary)
     found: dict[str, dict[str, Any]] = {}
     for index, name in enumerate(results.names):
         rows: dict[str, Any] = {}
@@ -106,14 +105,9 @@ def intervals(results: Results, *, resamples: int, seed: int) -> dict[str, dict[
                 return rule(results.curve(arrays, 0, plane), utility, matched)
 
             rows[title] = _interval(value, results.of([index], what), resamples, seed)
-            if title.startswith("hypervolume") and own != index:
-
-                def lead(arrays: Arrays, plane: str = what) -> float:
-                    ours, theirs = (hypervolume(results.curve(arrays, position, plane)) for position in (0, 1))
-                    return ours - theirs
-
-                both = results.of([own, index], what)
-                rows[f"{results.primary} leads by, {title}"] = _interval(lead, both, resamples, seed)
+        for primary in results.primary:
+            if primary != name:
+                rows |= _leads(results, primary, index, matched, resamples, seed)
         curve = results.curve(results.samples, index, UTILITY)
         for kind in ("pearson", "spearman"):
             try:
@@ -122,6 +116,33 @@ def intervals(results: Results, *, resamples: int, seed: int) -> dict[str, dict[
                 rows[f"{kind} of safety and utility"] = None
         found[name] = rows
     return found
+
+
+def _leads(
+    results: Results, primary: str, other: int, matched: float, resamples: int, seed: int
+) -> dict[str, dict[str, Any] | None]:
+    """Return how far a method is ahead of another one: hypervolumes' differences, and the ratio of over-refusals."""
+    own = results.names.index(primary)
+    rows: dict[str, dict[str, Any] | None] = {}
+    for title, plane in (
+        ("hypervolume, safety × utility", UTILITY),
+        ("hypervolume, safety × borderline answered", ANSWERED),
+    ):
+
+        def lead(arrays: Arrays, plane: str = plane) -> float:
+            ours, theirs = (hypervolume(results.curve(arrays, position, plane)) for position in (0, 1))
+            return ours - theirs
+
+        rows[f"{primary} leads by, {title}"] = _interval(lead, results.of([own, other], plane), resamples, seed)
+
+    def ratio(arrays: Arrays) -> float | None:
+        answered = [utility_at_safety(results.curve(arrays, position, ANSWERED), matched) for position in (0, 1)]
+        ours, theirs = (_minus(1, value) for value in answered)
+        return None if ours is None or not theirs else ours / theirs
+
+    both = results.of([own, other], ANSWERED)
+    rows[f"{primary}, over-refusal at matched safety over that of"] = _interval(ratio, both, resamples, seed)
+    return rows
 
 
 def _interval(
@@ -201,11 +222,29 @@ def _page(results: Results, found: Mapping[str, Mapping[str, Any]], manifest: Ma
     lines += ["", "| method | " + " | ".join(METRICS) + " |", "|---|" + "---|" * len(METRICS)]
     order = sorted(results.names, key=lambda name: -_estimate(found[name]["hypervolume, safety × utility"]))
     lines += [f"| {name} | " + " | ".join(_cell(found[name][title]) for title in METRICS) + " |" for name in order]
-    leads = [(name, title, row) for name in order for title, row in found[name].items() if " leads by, " in title]
-    lines += ["", "| differences of hypervolumes | against | lead | excludes zero |", "|---|---|---|---|"]
-    for name, title, row in leads:
-        sure = "–" if row is None else "yes" if row["low"] > 0 or row["high"] < 0 else "no"
-        lines.append(f"| {title} | {name} | {_cell(row)} | {sure} |")
+    for primary in results.primary:
+        lines += _table_of_leads(primary, [name for name in order if name != primary], found)
+    return lines
+
+
+def _table_of_leads(primary: str, others: Sequence[str], found: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    lines = [
+        "",
+        f"How far **{primary}** is ahead of the others; bold where the interval excludes that they are level "
+        "(a lead of 0, a ratio of 1):",
+        "",
+        "| against | lead, safety × utility | lead, safety × borderline answered | over-refusal at matched safety, ratio |",
+        "|---|---|---|---|",
+    ]
+    titles = {f"{primary} leads by, {title}": 0.0 for title in METRICS if title.startswith("hypervolume")}
+    titles[f"{primary}, over-refusal at matched safety over that of"] = 1.0
+    for name in others:
+        cells = []
+        for title, level in titles.items():
+            row = found[name][title]
+            sure = row is not None and (row["low"] > level or row["high"] < level)
+            cells.append(f"**{_cell(row)}**" if sure else _cell(row))
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return lines
 
 
