@@ -91,6 +91,7 @@ def test_safety_tax_runs_through_and_resumes(modules, model, data, tmp_path):
         "sst kfac wiener, μ = 10",
         "sst kfac wiener, μ = 10, refusals as cost",
         "sst kfac wiener, μ = 30, refusals as cost",
+        "fisher_ratio_mask, refusals as cost",
         "sst global project, Kronecker damping",
         "control: random directions",
         "control: F_cost = I",
@@ -103,8 +104,8 @@ def test_safety_tax_runs_through_and_resumes(modules, model, data, tmp_path):
     assert [p["scale"] for p in results["points"]["sst global project, Kronecker damping"]] == [1.0, 3.0]
     assert "Kronecker damping at [1.0, 3.0]" in page
     # Every stage once: 2 seeds × (2 adapters, 3 pairs of Fishers, 2 own Fishers and one of refusals, 3 models alone,
-    # 16 methods at 2 scales).
-    assert len(said) == len(results["manifest"]["stages"]) == 2 * (2 + 3 + 3 + 3 + 32)
+    # 17 methods at 2 scales).
+    assert len(said) == len(results["manifest"]["stages"]) == 2 * (2 + 3 + 3 + 3 + 34)
 
     # Again, with every method there is: only the new ones are run.
     said.clear()

@@ -25,6 +25,7 @@ STRICT_WIENER = 10.0
 # Weight of the refusals of benign prompts in F_cost, and the name of the spectrum that has them.
 REFUSAL_WEIGHT = 4.0
 REFUSALS = "kfac, refusals"
+MASK = "fisher_ratio_mask"
 # What refuses benign prompts is most of the adapter, so little of it is left at scale 1: the units of the two sweeps, by μ.
 REFUSALS_STRETCH = {STRICT_WIENER: 8.0, 30.0: 20.0}
 # The exact sum, written in other ways, and what needs an aligned full model, which an adapter is not.
@@ -77,6 +78,8 @@ def candidates(methods: Sequence[str] | None, structures: Sequence[str], rules: 
         for mu, stretch in REFUSALS_STRETCH.items():
             settings = {**strict, "mu": mu, "spectrum": REFUSALS}
             listed.append(Candidate(f"sst kfac wiener, μ = {mu:g}, refusals as cost", "sst", settings, stretch))
+        if MASK in chosen:  # the one rival that can be given the same
+            listed.append(Candidate(f"{MASK}, refusals as cost", "method", {"method": MASK, "spectrum": REFUSALS}))
     if "global" in structures:
         damped = {"structure": "global", "rule": "project", "damping_metric": "kronecker"}
         listed.append(Candidate("sst global project, Kronecker damping", "sst", damped, stretch=2.0))
@@ -121,7 +124,7 @@ class Merger:
             scale: Factor of the safety adapter.
         """
         if candidate.kind == "method":
-            return self._method(candidate.settings["method"], scale)
+            return self._method(candidate.settings["method"], candidate.settings.get("spectrum", "kfac"), scale)
         settings = candidate.settings
         control = settings.get("control")
         spectrum = self.spectra[
@@ -135,9 +138,9 @@ class Merger:
             return self.roles.utility + scale * self._random_directions(spectrum)
         return self._sst(spectrum, settings.get("rule", "project"), scale, settings.get("mu", WIENER))
 
-    def _method(self, name: str, scale: float) -> Adapter:
+    def _method(self, name: str, spectrum: str, scale: float) -> Adapter:
         method = available_methods()[name]
-        pair = self.spectra["kfac"]
+        pair = self.spectra[spectrum]
         statistics: Any = None
         if "fishers" in method.needs:
             statistics = self.own
