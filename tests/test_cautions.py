@@ -40,7 +40,7 @@ def test_nothing_stands_out(pair):
         ("Only 31 effective benign sequences", {"effective": (100.0, 31.0)}),
         ("but the cost at 'elsewhere'", {"reference": "elsewhere"}),
         ("is no KL", {"labels": "data"}),
-        ("larger than the KL", {"penalty": "some prompts"}),
+        ("Refusals of benign prompts count as cost here", {"penalty": "some prompts"}),
     ],
 )
 def test_one_thing_stands_out(pair, words, case):

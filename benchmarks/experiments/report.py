@@ -124,10 +124,9 @@ def _leads(
     """Return how far a method is ahead of another one: hypervolumes' differences, and the ratio of over-refusals."""
     own = results.names.index(primary)
     rows: dict[str, dict[str, Any] | None] = {}
-    for title, plane in (
-        ("hypervolume, safety × utility", UTILITY),
-        ("hypervolume, safety × borderline answered", ANSWERED),
-    ):
+    for title, (plane, _) in METRICS.items():
+        if not title.startswith("hypervolume"):
+            continue
 
         def lead(arrays: Arrays, plane: str = plane) -> float:
             ours, theirs = (hypervolume(results.curve(arrays, position, plane)) for position in (0, 1))

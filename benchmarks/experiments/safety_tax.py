@@ -202,10 +202,10 @@ class SafetyTax:
         split = len(prompts.gain)
         spectra["permuted"] = spectrum(config.structures[0], mixed[:split], mixed[split:])
         if any(candidate.settings.get("spectrum") == REFUSALS for candidate in self.listed):
-            weighted = replace(options, structure="kfac", refusal_weight=REFUSAL_WEIGHT)
+            weighted = replace(options, structure=STATISTICS, refusal_weight=REFUSAL_WEIGHT)
             benign = [*prompts.cost, *prompts.more_benign]
             penalty = bench.refusal_fisher(prompts.gain, benign, weighted, space, folders)
-            pair = spectra["kfac"]
+            pair = spectra[STATISTICS]
             spectra[REFUSALS] = solve(pair.gain, pair.cost.with_penalty(penalty))
         own = {"utility": prompts.utility[:OWN_ROWS], "safety": prompts.safety[:OWN_ROWS]}
         fishers = {r: bench.own_fisher(r, own[r], STATISTICS, space, folders, seed) for r in ROLES}
@@ -254,7 +254,7 @@ class SafetyTax:
 def _statistics_of(settings: dict[str, Any]) -> tuple[str, ...]:
     """Return how the names of the stages begin that a merge depends on beside the adapters."""
     if settings.get("spectrum") == REFUSALS:
-        return ("refusal-fisher-", "fishers-kfac-")
+        return ("refusal-fisher-", f"fishers-{STATISTICS}-")
     if "structure" in settings:
         return (f"fishers-{settings['structure']}-",)
     if "method" in settings and available_methods()[settings["method"]].needs:

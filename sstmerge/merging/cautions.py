@@ -65,7 +65,7 @@ def _about_data(spectrum: Spectrum) -> list[str]:
         )
     if cost.get("penalty") is not None:
         sentences.append(
-            "Refusals of benign prompts count as cost here, so what is called predicted benign KL is larger than the KL."
+            "Refusals of benign prompts count as cost here, so what is called predicted benign KL is no KL."
         )
     return sentences
 
