@@ -3,8 +3,9 @@
     python benchmarks/collection.py [--threads 1 2] [--out benchmarks/results/NAME.json]
     python benchmarks/collection.py --base MODEL        the demo's adapters and benign prompts on a model of its shapes
 
-Without --base: random Llamas (hidden 512 with six layers, hidden 1024 with two; vocabulary 2000), two random adapters of
-r = 16 on all seven projections, batches of 8 x 128 tokens, all of which enter the loss. The rows are
+Without --base: random Llamas (hidden 512 with six layers, hidden 1024 with two; `--models 1B`: hidden 2048 with sixteen;
+vocabulary 2000), two random adapters of r = 16 on all seven projections, batches of 8 x 128 tokens, all of which enter the
+loss. The rows are
 
     bare                    PeftModel with one of the adapters, gradients of the LoRA weights: what fine-tuning pays
     activations, PEFT/base  the same, and the base model, without any weight's gradient; also with our chunked head
@@ -28,6 +29,7 @@ import multiprocessing
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -104,8 +106,20 @@ def builders() -> dict[str, tuple[str, Callable[[Workload], Call]]]:
     return rows | {name: (what, build) for name, what, build in PEERS}
 
 
-def workload(name: str, base: str | None, batches: int) -> Workload:
-    return demo_workload(base, 8 * batches) if base else random_workload(name, batches)
+@dataclass(frozen=True)
+class Source:
+    """What a run works on: a random model's name or a base's, and how many batches of how many sequences."""
+
+    name: str
+    is_base: bool
+    batches: int
+    sequences: int
+
+    def workload(self) -> Workload:
+        """Return the model, the adapters and the data."""
+        if self.is_base:
+            return demo_workload(self.name, self.sequences * self.batches)
+        return random_workload(self.name, self.batches, self.sequences)
 
 
 def measure(work: Workload, repetitions: int, wanted: list[str]) -> dict[str, object]:
@@ -187,19 +201,19 @@ def ratio(times: list[float], bar: list[float]) -> float:
 # ---- memory ----------------------------------------------------------------------------------------------------------
 
 
-def peak_memory(name: str, base: str | None, batches: int, row: str) -> float | None:
+def peak_memory(source: Source, row: str) -> float | None:
     """Return the growth of the resident set's maximum in a fresh process, in MiB; None where the row failed."""
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
-    process = context.Process(target=_peak, args=(name, base, batches, row, torch.get_num_threads(), queue))
+    process = context.Process(target=_peak, args=(source, row, torch.get_num_threads(), queue))
     process.start()
     process.join()
     return None if queue.empty() else queue.get() / 1024
 
 
-def _peak(name: str, base: str | None, batches: int, row: str, threads: int, queue: multiprocessing.Queue) -> None:
+def _peak(source: Source, row: str, threads: int, queue: multiprocessing.Queue) -> None:
     torch.set_num_threads(threads)
-    work = workload(name, base, batches)
+    work = source.workload()
     _ = work.model if "base" in row or "sstmerge" in row or "dattri" in row else work.peft_model
     # ru_maxrss survives exec, so it would show the parent's maximum; the kernel's high-water mark can be reset.
     Path("/proc/self/clear_refs").write_text("5")
@@ -244,8 +258,9 @@ def print_run(run: dict, memory: dict[str, float | None], console: Console) -> N
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", help="directory or hub id of the demo's model instead of random ones")
-    parser.add_argument("--models", nargs="*", default=list(RANDOM_MODELS), choices=list(RANDOM_MODELS))
-    parser.add_argument("--batches", type=int, default=1, help="batches of 8 sequences")
+    parser.add_argument("--models", nargs="*", default=["hidden 512", "hidden 1024"], choices=list(RANDOM_MODELS))
+    parser.add_argument("--batches", type=int, default=1, help="batches of so many sequences as --sequences says")
+    parser.add_argument("--sequences", type=int, default=8, help="sequences of a batch; 2 are enough for 1B parameters")
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--threads", type=int, nargs="+", default=[torch.get_num_threads()])
     parser.add_argument("--rows", nargs="*", default=[], metavar="ROW", help="only these rows, by their full names")
@@ -257,12 +272,13 @@ def main() -> None:
     for name in [arguments.base] if arguments.base else arguments.models:
         for threads in arguments.threads:
             torch.set_num_threads(threads)
-            work = workload(name, arguments.base, arguments.batches)
+            source = Source(name, bool(arguments.base), arguments.batches, arguments.sequences)
+            work = source.workload()
             run = measure(work, arguments.repetitions, arguments.rows)
             memory = {}
             if not arguments.no_memory and threads == arguments.threads[0]:
                 measured = [row for row in run["rows"] if row not in SUMS]
-                memory = {row: peak_memory(name, arguments.base, arguments.batches, row) for row in measured}
+                memory = {row: peak_memory(source, row) for row in measured}
                 run["peak_memory_mib"] = memory
             content["runs"].append(run)
             print_run(run, memory, console)

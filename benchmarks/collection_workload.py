@@ -26,7 +26,7 @@ TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 RANK = 16
 VOCABULARY = 2000
 # Hidden size, intermediate size, layers.
-RANDOM_MODELS = {"hidden 512": (512, 1376, 6), "hidden 1024": (1024, 2752, 2)}
+RANDOM_MODELS = {"hidden 512": (512, 1376, 6), "hidden 1024": (1024, 2752, 2), "1B": (2048, 8192, 16)}
 
 
 @dataclass
@@ -79,15 +79,23 @@ class Workload:
         return model.eval()
 
 
-def random_workload(name: str, batches: int) -> Workload:
-    """Return one of `RANDOM_MODELS` with two random adapters and full batches of 8 x 128 random tokens."""
-    return sized_workload(name, *RANDOM_MODELS[name], batches=batches)
+def random_workload(name: str, batches: int, sequences: int = 8) -> Workload:
+    """Return one of `RANDOM_MODELS` with two random adapters and full batches of `sequences` x 128 random tokens."""
+    return sized_workload(name, *RANDOM_MODELS[name], batches=batches, sequences=sequences)
 
 
 def sized_workload(
-    name: str, hidden: int, intermediate: int, layers: int, *, batches: int, rank: int = RANK, adapters: int = 2
+    name: str,
+    hidden: int,
+    intermediate: int,
+    layers: int,
+    *,
+    batches: int,
+    sequences: int = 8,
+    rank: int = RANK,
+    adapters: int = 2,
 ) -> Workload:
-    """Return a random Llama of these sizes with random adapters and full batches of 8 x 128 random tokens."""
+    """Return a random Llama of these sizes with random adapters and full batches of `sequences` x 128 random tokens."""
 
     def load() -> nn.Module:
         torch.manual_seed(0)
@@ -104,7 +112,7 @@ def sized_workload(
         )
 
     named = [_random_adapter(f"a{i}", hidden, intermediate, layers, rank, seed=i) for i in range(adapters)]
-    return Workload(name, load, named, _full(batches))
+    return Workload(name, load, named, _full(batches, sequences))
 
 
 def demo_workload(base: str, limit: int) -> Workload:
@@ -133,7 +141,7 @@ def _random_adapter(name: str, hidden: int, intermediate: int, layers: int, rank
     return Adapter(name, factors)
 
 
-def _full(count: int, size: int = 8, length: int = 128) -> list[Batch]:
+def _full(count: int, size: int, length: int = 128) -> list[Batch]:
     generator = torch.Generator().manual_seed(0)
     batches = []
     for number in range(count):

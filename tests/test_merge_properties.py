@@ -165,6 +165,18 @@ def test_three_experts_cost_the_sum_of_the_others(model, space, spectra):
     assert relative_error(merged, expected) < 1e-4
 
 
+def test_two_experts_with_fishers_at_their_own_are_merged_as_by_fisher_merging(model, space, spectra):
+    utility, safety = points(spectra["diagonal"])
+    parts = {UTILITY: rows(HARM, slice(0, 13)), SAFETY: rows(HARM, slice(13, 26))}
+    own = {n: collect_fisher(model, [part], space, structure="diagonal", reference=n) for n, part in parts.items()}
+    merged, _ = merge_experts(own, {UTILITY: utility, SAFETY: safety}, damping=1e-14)
+    first, second = (own[name].diagonal() for name in parts)
+    fisher_merging = (first * utility + second * safety) / (first + second)
+    assert relative_error(merged, fisher_merging) < 1e-6
+    with pytest.raises(InputError, match="that of 'x' was taken at 'utility'"):
+        merge_experts({"x": own[UTILITY], SAFETY: own[SAFETY]}, {"x": utility, SAFETY: safety})
+
+
 def test_experts_that_do_not_match(spectra):
     fisher = spectra["kfac"].gain
     utility, safety = points(spectra["kfac"])

@@ -50,7 +50,8 @@ from sstmerge.prompts import Example
 
 STATISTICS = "kfac"  # what RegMean, Fisher merging and the Fisher-ratio mask are given
 OWN_ROWS = 64  # training rows that an adapter's own Fisher sees
-
+STRUCTURES = ("global", "kfac", "ekfac", "diagonal", "block")
+RULES = ("project", "wiener", "joint")
 
 FULL_SIZES = Sizes(safety=400, utility=320, calibration=96, test=120, task_test=200)
 
@@ -80,8 +81,8 @@ class Config:
     sizes: Sizes = FULL_SIZES
     scales: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
     methods: tuple[str, ...] | None = None
-    structures: tuple[str, ...] = ("global", "kfac", "ekfac", "diagonal")
-    rules: tuple[str, ...] = ("project", "wiener", "joint")
+    structures: tuple[str, ...] = STRUCTURES
+    rules: tuple[str, ...] = RULES
     training: Training = FULL_TRAINING
     reference: str = "path:utility:utility+safety:1"
     response_tokens: int = 6
@@ -144,6 +145,8 @@ class SafetyTax:
         # A backward pass takes two forward passes, and training its weights' gradients; sampled labels take a draw each.
         training = 4 * per_row * config.training.sequences(sizes, len(config.tasks))
         fishers = 4 * per_row * 2 * config.draws * sizes.calibration * (len({*config.structures, STATISTICS}) + 2)
+        if self._with_refusals():
+            fishers += 4 * per_row * (len(prompts.cost) + len(prompts.more_benign))
         # Decoding a hundred prompts together takes about half as long for each as decoding two dozen.
         measuring = points * (3 * sizes.test * per_answer / 2 + len(config.tasks) * sizes.task_test * per_row)
         return len(config.seeds) * (training + fishers + measuring)
@@ -201,7 +204,7 @@ class SafetyTax:
         mixed = [mixed[position] for position in np.random.default_rng(seed).permutation(len(mixed))]
         split = len(prompts.gain)
         spectra["permuted"] = spectrum(config.structures[0], mixed[:split], mixed[split:])
-        if any(candidate.settings.get("spectrum") == REFUSALS for candidate in self.listed):
+        if self._with_refusals():
             weighted = replace(options, structure=STATISTICS, refusal_weight=REFUSAL_WEIGHT)
             benign = [*prompts.cost, *prompts.more_benign]
             penalty = bench.refusal_fisher(prompts.gain, benign, weighted, space, folders)
@@ -210,6 +213,9 @@ class SafetyTax:
         own = {"utility": prompts.utility[:OWN_ROWS], "safety": prompts.safety[:OWN_ROWS]}
         fishers = {r: bench.own_fisher(r, own[r], STATISTICS, space, folders, seed) for r in ROLES}
         return Merger(adapters, roles_in(space, ["utility"], "safety", None), spectra, FisherStatistics(fishers), seed)
+
+    def _with_refusals(self) -> bool:
+        return any(candidate.settings.get("spectrum") == REFUSALS for candidate in self.listed)
 
     def _swept(
         self, candidate: Candidate, scale: float, merger: Merger, prompts: Prompts, folders: dict[str, Path], seed: int
@@ -266,12 +272,16 @@ def main() -> None:
     """Run the experiment from the command line."""
     parser = common_arguments(__doc__)
     parser.add_argument("--methods", nargs="+", help="methods of the registry (default: those of the configuration)")
+    parser.add_argument(
+        "--structures", nargs="+", choices=STRUCTURES, help="of SST (default: those of the configuration)"
+    )
+    parser.add_argument("--rules", nargs="+", choices=RULES, help="of SST (default: those of the configuration)")
     parser.add_argument("--scales", type=float, nargs="+", help="scales (default: those of the configuration)")
     parser.add_argument("--safety", choices=("mixed", "refusal-only"), default="mixed")
     arguments = parser.parse_args()
     sized = QUICK if arguments.quick else SHORT if arguments.short else Config()
     config = replace(sized, training=replace(sized.training, safety=arguments.safety))
-    for name in ("seeds", "methods", "scales"):
+    for name in ("seeds", "methods", "structures", "rules", "scales"):
         if getattr(arguments, name):
             config = replace(config, **{name: tuple(getattr(arguments, name))})
     say = stopwatch()

@@ -48,7 +48,7 @@ def fisher(
     out: Annotated[Path, typer.Option("--out", help="Fisher file to write (.safetensors).")],
     labels: Annotated[str, typer.Option("--labels", help="data (gain) or sampled (cost).")],
     reference: Annotated[str, typer.Option("--reference", help="NAME, base, A+0.5*B or path:A:B:n.")] = "base",
-    structure: Structure = "global",
+    structure: Structure = "kfac",
     basis: Annotated[
         list[Path] | None,
         typer.Option("--basis", help="Two kfac Fishers (gain, cost) whose eigenbasis ekfac refits in."),

@@ -118,7 +118,7 @@ def merge(
     mu: Mu = None,
     budget: Budget = None,
     rank: Rank = None,
-    structure: Structure = "global",
+    structure: Structure = "kfac",
     reference: Annotated[str, typer.Option("--reference", help="utility, base, NAME+…, or path:A:B:n.")] = "utility",
     damping: Damping = None,
     response_tokens: ResponseTokens = None,

@@ -42,7 +42,7 @@ def collect_fisher(
     batches: Sequence[Batch],
     space: CoreSpace,
     *,
-    structure: str = "global",
+    structure: str = "kfac",
     labels: str = "data",
     reference: str | Tensor = "base",
     reference_space: CoreSpace | None = None,

@@ -59,7 +59,7 @@ class CollectionOptions:
             them yet, so that the KL cannot see it. 0 for the KL alone.
     """
 
-    structure: str = "global"
+    structure: str = "kfac"
     reference: str = "utility"
     response_tokens: int | None = None
     max_length: int | None = None
