@@ -220,15 +220,17 @@ def test_many_experts_runs_through_and_resumes(modules, model, data, tmp_path):
         experiment = many.ManyExperts(bench, data, tmp_path / "out", config)
         assert experiment.estimate() > 0
         experiment.run()
-    # Once each: 3 experts, and alone; for each T two Fishers of each expert, the base, and 3 methods at 2 scales.
-    assert len(said) == 3 + 2 * (2 + 3) + 2 + 3 + 2 * 6
+    # Once each: 3 experts, and alone; for each T the Fisher of each expert, the base, 2 methods at 2 scales and RegMean.
+    assert len(said) == 3 + (2 + 3) + 2 + 3 + 2 * 5
     rows = json.loads((tmp_path / "out" / "many_experts.json").read_text())["rows"]
     assert [(r["experts"], r["method"]) for r in rows[:4]] == [
         (2, "base"), (2, "task_arithmetic"), (2, "regmean"), (2, many.SST)
     ]  # fmt: skip
     for row in rows:
-        assert row["normalised average accuracy"]["estimate"] == pytest.approx(max(row["by scale"].values()))
-        assert set(row["by task"]) == set(config.tasks[: row["experts"]])
-    assert "| sst, many experts | " in (tmp_path / "out" / "many_experts.md").read_text()
+        for metric in (many.NORMALISED, many.PLAIN):
+            assert row[metric]["estimate"] == pytest.approx(max(row[metric]["by scale"].values()))
+            assert set(row["by task"][metric]) == set(config.tasks[: row["experts"]])
+        assert row[many.PLAIN]["estimate"] == pytest.approx(np.mean([*row["by task"][many.PLAIN].values()]))
+    assert "| sst | " in (tmp_path / "out" / "many_experts.md").read_text()
     with pytest.raises(modules["many_experts"].DataError, match="4 experts need as many tasks, but 3"):
         many.ManyExperts(bench, data, tmp_path, replace(config, counts=(4,)))

@@ -3,17 +3,19 @@
     python benchmarks/experiments/many_experts.py --model MODEL --data FOLDER --out FOLDER [--quick | --short]
 
 Each expert is an adapter of one classification task. For every T the first T tasks are merged, and the merged model is
-measured on all of their test examples. The number is the normalised average accuracy, the mean of accuracy(merged) /
-accuracy(expert). SST's many-expert form takes the Fisher of each expert's data as its gain and the
-others' as its cost, all at the mean of the experts.
+measured on all of their test examples. The numbers are the normalised average accuracy, the mean of accuracy(merged) /
+accuracy(expert), and the plain average accuracy, which an expert that has learned nothing cannot distort. SST's many-expert
+form (`merge_experts` with its defaults) takes the Fisher of each expert's data at that expert as its gain and the others' as
+its cost; RegMean and Fisher merging are given the same Fishers.
 """
 
 from __future__ import annotations
 
 import json
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +41,12 @@ from sstmerge.pipeline.method_merge import merge_adapters
 from sstmerge.prompts import Example
 
 STATISTICS = "kfac"
-SST = "sst, many experts"
+SST = "sst"
+# Filters shrink what is merged, so that their scales begin higher.
+SST_STRETCH = 2.0
+# A common weight of all experts cancels where the sum of their Fishers is divided by.
+WITHOUT_SCALE = ("regmean", "fisher_full", "fisher_diagonal")
+NORMALISED, PLAIN = "normalised average accuracy", "average accuracy"
 BASE, EXPERTS = "base", "experts"
 LONGEST_PROMPT = 400  # characters
 # No two of the first eight ask the same question of the same kind of text.
@@ -78,7 +85,7 @@ class Config:
         train: Training examples of each task.
         fisher_rows: Training examples that an expert's Fishers see.
         test: Test examples of each task.
-        scales: Weights that all experts are given.
+        scales: Weights that all experts are given, and twice as much by SST.
         methods: Methods of the registry; None for all that need no roles.
         structure: Structure of SST's Fishers.
         epochs: Passes of the training.
@@ -92,7 +99,7 @@ class Config:
     train: int = 320
     fisher_rows: int = 64
     test: int = 200
-    scales: tuple[float, ...] = (0.1, 0.2, 0.4, 0.6, 1.0)
+    scales: tuple[float, ...] = (0.1, 0.2, 0.4, 0.8, 1.2)
     methods: tuple[str, ...] | None = None
     structure: str = "kfac"
     epochs: int = 2
@@ -100,13 +107,24 @@ class Config:
     resamples: int = 2000
 
 
+RIVALS = (
+    "task_arithmetic",
+    "ties",
+    "dare",
+    "tsv_m",
+    "iso_c",
+    "knots_ties",
+    "subspace_boosting",
+    "regmean",
+    "fisher_full",
+)
 SHORT = Config(
-    counts=(4, 8),
+    counts=(4, 8, 14),
     seeds=(0,),
     fisher_rows=32,
     test=48,
-    scales=(0.2, 0.4, 0.8),
-    methods=("task_arithmetic", "ties", "dare", "tsv_m", "iso_c", "knots_ties", "subspace_boosting", "regmean"),
+    scales=(0.2, 0.4, 0.8, 1.2),
+    methods=RIVALS,
     resamples=1000,
 )
 QUICK = Config(
@@ -117,7 +135,7 @@ QUICK = Config(
     fisher_rows=24,
     test=32,
     scales=(0.4, 0.8),
-    methods=("task_arithmetic", "ties", "dare", "tsv_m", "iso_c", "knots_ties", "subspace_boosting", "regmean"),
+    methods=RIVALS,
     resamples=300,
 )
 
@@ -164,13 +182,22 @@ class ManyExperts:
             raise DataError(f"The task '{task}' has {len(without(test))} test examples, but needs {self.config.test}.")
         return train, test
 
+    def scales(self, name: str) -> tuple[float, ...]:
+        """Return the weights that a method is swept over."""
+        scales = self.config.scales
+        if name in WITHOUT_SCALE:
+            return scales[:1]
+        return tuple(SST_STRETCH * scale for scale in scales) if name == SST else scales
+
     def estimate(self) -> float:
         """Return the seconds that everything will take from scratch, from a probe of this machine."""
         config = self.config
         per_row = self.bench.seconds_per_row(self.rows(0)[config.tasks[0]][0][:8])
         most = max(config.counts)
-        training = 4 * per_row * most * (config.epochs * config.train + 2 * config.fisher_rows)
-        points = sum(count * (len(self.names) * len(config.scales) + 2) for count in config.counts)
+        fishers = sum(config.counts) * config.fisher_rows
+        training = 4 * per_row * (most * config.epochs * config.train + fishers)
+        merges = sum(len(self.scales(name)) for name in self.names)
+        points = sum(count * (merges + 2) for count in config.counts)
         return len(config.seeds) * (training + points * config.test * per_row)
 
     def run(self) -> None:
@@ -200,30 +227,31 @@ class ManyExperts:
             some = {task: folders[task] for task in tasks[:count]}
             adapters = bench.adapters(some)
             space = CoreSpace.of(list(adapters.values()))
-            # RegMean and Fisher merging take each Fisher at its own expert; SST adds them, at one reference.
-            mean = "+".join(f"{1 / count!r}*{task}" for task in some)
-            own: dict[str, Fisher] = {}
-            common: dict[str, Fisher] = {}
-            for task in some:
-                learned = rows[task][0][: config.fisher_rows]
-                own[task] = bench.own_fisher(task, learned, STATISTICS, space, some, seed)
-                common[task] = bench.own_fisher(task, learned, config.structure, space, some, seed, reference=mean)
-            measured = {task: tests[task] for task in some}
-            found[count, BASE, 0.0] = self._point("base", space.zero(), space, measured, {}, {})
-            found[count, EXPERTS, 1.0] = {
-                t: self._point(f"expert {t}", space.core(t), space, {t: tests[t]}, {t: some[t]}, {})[t] for t in some
+            learned = {task: rows[task][0][: config.fisher_rows] for task in some}
+            fishers = {
+                structure: {t: bench.own_fisher(t, learned[t], structure, space, some, seed) for t in some}
+                for structure in sorted({STATISTICS, config.structure})
             }
+            measured = {task: tests[task] for task in some}
+            found[count, BASE, 0.0] = self._point("base", space.zero, space, measured, {}, {})
+            found[count, EXPERTS, 1.0] = {}
+            for task in some:
+                alone = self._point(
+                    f"expert {task}", partial(space.core, task), space, {task: tests[task]}, {task: some[task]}, {}
+                )
+                found[count, EXPERTS, 1.0] |= alone
             for name in self.names:
-                for scale in config.scales:
+                given = fishers[config.structure if name == SST else STATISTICS]
+                for scale in self.scales(name):
                     settings = {"method": name, "scale": scale, "seed": seed, "structure": config.structure}
-                    merged = _merged(name, scale, seed, adapters, space, own, common)
+                    merged = partial(_merged, name, scale, seed, adapters, space, given)
                     found[count, name, scale] = self._point(name, merged, space, measured, some, settings)
         return found
 
     def _point(
         self,
         name: str,
-        merged: Tensor | Adapter,
+        merge: Callable[[], Tensor | Adapter],
         space: CoreSpace,
         tests: Mapping[str, list[Example]],
         folders: Mapping[str, Path],
@@ -233,7 +261,7 @@ class ManyExperts:
         bench = self.bench
 
         def compute(folder: Path) -> None:
-            model = bench.model
+            model, merged = bench.model, merge()
             state = adapter_state(model, merged) if isinstance(merged, Adapter) else core_state(model, space, merged)
             correct = {}
             with state():
@@ -254,36 +282,25 @@ class ManyExperts:
         return json.loads((folder / "correct.json").read_text(encoding="utf-8"))
 
     def _row(self, count: int, name: str, samples: Mapping[Any, Mapping[str, Any]]) -> dict[str, Any]:
-        """Return a method's best scale and its normalised average accuracy, the scale chosen again in every resample."""
+        """Return a method's accuracies at its best scale, which is chosen for each number, and again in every resample."""
         experts = samples[count, EXPERTS, 1.0]
-        scales = (0.0,) if name == BASE else self.config.scales
+        scales = (0.0,) if name == BASE else self.scales(name)
         stacked = {t: np.stack([experts[t], *(samples[count, name, a][t] for a in scales)]) for t in experts}
-
-        def accuracies(arrays: Mapping[str, Any]) -> list[float]:
-            means = {task: values.mean(axis=(-2, -1)) for task, values in arrays.items()}
-            own = {task: float(mean[0]) for task, mean in means.items()}
-            return [
-                normalised_average_accuracy({t: float(m[i + 1]) for t, m in means.items()}, own)
-                for i in range(len(scales))
-            ]
-
-        def best_of(arrays: Mapping[str, Any]) -> float | None:
-            # An expert that is never right in a resample has no share to be taken of.
-            return max(accuracies(arrays)) if all(values[0].any() for values in arrays.values()) else None
-
         if any(not values[0].any() for values in stacked.values()):
             raise DataError(f"An expert of {sorted(stacked)} is never right on its own task; train it longer.")
-        interval = bootstrap(best_of, stacked, resamples=self.config.resamples)
-        by_scale = accuracies(stacked)
-        best = int(np.argmax(by_scale))
-        return {
-            "experts": count,
-            "method": name,
-            "best scale": scales[best],
-            "normalised average accuracy": interval.to_json(),
-            "by scale": dict(zip(map(str, scales), by_scale, strict=True)),
-            "by task": {task: float(values[best + 1].mean()) for task, values in stacked.items()},
-        }
+        found: dict[str, Any] = {"experts": count, "method": name, "by task": {}}
+        for metric in (NORMALISED, PLAIN):
+            interval = bootstrap(partial(_best, metric=metric), stacked, resamples=self.config.resamples)
+            by_scale = _accuracies(stacked, metric)
+            best = int(np.argmax(by_scale))
+            found[metric] = {
+                **interval.to_json(),
+                "best scale": scales[best],
+                "by scale": dict(zip(map(str, scales), by_scale, strict=True)),
+            }
+            found["by task"][metric] = {task: float(values[best + 1].mean()) for task, values in stacked.items()}
+        found["accuracy of the experts"] = {task: float(values[0].mean()) for task, values in stacked.items()}
+        return found
 
     def _page(self, rows: list[dict[str, Any]]) -> list[str]:
         seeds = len(self.config.seeds)
@@ -291,23 +308,42 @@ class ManyExperts:
         lines = [
             "# Experiment B: many experts",
             "",
-            f"Normalised average accuracy at each method's best scale, {seeds} {'seed' if seeds == 1 else 'seeds'}; 95 % "
-            f"intervals over {over}. The scale is chosen on the test examples themselves, for every method alike, so the "
-            "level is a little too high.",
+            f"Accuracy at each method's best scale, {seeds} {'seed' if seeds == 1 else 'seeds'}; 95 % intervals over "
+            f"{over}. The scale, in parentheses, is chosen on the test examples themselves, for every method and number alike, "
+            "so the level is a little too high.",
             "",
             "![Normalised average accuracy against the number of experts](many_experts.png)",
-            "",
-            "| method | " + " | ".join(f"{count} experts (scale)" for count in self.config.counts) + " |",
-            "|---|" + "---|" * len(self.config.counts),
         ]
-        for name in (BASE, *self.names):
-            cells = [
-                f"{Interval(**row['normalised average accuracy'])} ({row['best scale']:g})"
-                for row in rows
-                if row["method"] == name
-            ]
-            lines.append(f"| {name} | " + " | ".join(cells) + " |")
+        for metric, words in ((NORMALISED, "Normalised average accuracy"), (PLAIN, "Average accuracy")):
+            lines += ["", f"## {words}", ""]
+            lines.append("| method | " + " | ".join(f"{count} experts" for count in self.config.counts) + " |")
+            lines.append("|---|" + "---|" * len(self.config.counts))
+            for name in (BASE, *self.names):
+                found = [row[metric] for row in rows if row["method"] == name]
+                swept = name != BASE and name not in WITHOUT_SCALE
+                cells = [_cell(values, with_scale=swept) for values in found]
+                lines.append(f"| {name} | " + " | ".join(cells) + " |")
         return lines
+
+
+def _accuracies(arrays: Mapping[str, Any], metric: str) -> list[float]:
+    """Return a number for every scale from arrays by task, (1 + scales, seeds, prompts), whose first are the expert's."""
+    means = {task: values.mean(axis=(-2, -1)) for task, values in arrays.items()}
+    count = len(next(iter(means.values()))) - 1
+    if metric == PLAIN:
+        return [float(np.mean([mean[i + 1] for mean in means.values()])) for i in range(count)]
+    own = {task: float(mean[0]) for task, mean in means.items()}
+    return [normalised_average_accuracy({t: float(m[i + 1]) for t, m in means.items()}, own) for i in range(count)]
+
+
+def _best(arrays: Mapping[str, Any], *, metric: str) -> float | None:
+    # An expert that is never right in a resample has no share to be taken of.
+    return max(_accuracies(arrays, metric)) if all(values[0].any() for values in arrays.values()) else None
+
+
+def _cell(values: Mapping[str, Any], *, with_scale: bool) -> str:
+    interval = Interval(**{name: values[name] for name in Interval.__dataclass_fields__})
+    return f"{interval} ({values['best scale']:g})" if with_scale else str(interval)
 
 
 def _merged(
@@ -316,18 +352,17 @@ def _merged(
     seed: int,
     adapters: Mapping[str, Adapter],
     space: CoreSpace,
-    own: Mapping[str, Fisher],
-    common: Mapping[str, Fisher],
+    fishers: Mapping[str, Fisher],
 ) -> Tensor | Adapter:
     if name == SST:
         experts = {task: space.core(task) for task in adapters}
-        return merge_experts(common, experts, scales=dict.fromkeys(adapters, scale))[0]
+        return merge_experts(fishers, experts, scales=dict.fromkeys(adapters, scale))[0]
     needs = available_methods()[name].needs
     return merge_adapters(
         list(adapters.values()),
         [scale] * len(adapters),
         name,
-        statistics=FisherStatistics(own) if needs else None,
+        statistics=FisherStatistics(fishers) if needs else None,
         dtype=torch.float32,
         seed=seed,
     )
@@ -341,7 +376,7 @@ def _draw(rows: list[dict[str, Any]], counts: tuple[int, ...], names: list[str])
     figure = Figure(figsize=(9, 5), layout="constrained")
     axis = figure.subplots()
     for name in names:
-        values = [row["normalised average accuracy"]["estimate"] for row in rows if row["method"] == name]
+        values = [row[NORMALISED]["estimate"] for row in rows if row["method"] == name]
         axis.plot(counts, values, "-" if name == SST else "--", marker="o", label=name)
     axis.set(xlabel="experts merged", ylabel="normalised average accuracy", xticks=counts)
     axis.grid(alpha=0.3)
