@@ -309,8 +309,8 @@ class ManyExperts:
             "# Experiment B: many experts",
             "",
             f"Accuracy at each method's best scale, {seeds} {'seed' if seeds == 1 else 'seeds'}; 95 % intervals over "
-            f"{over}. The scale, in parentheses, is chosen on the test examples themselves, for every method and number alike, "
-            "so the level is a little too high.",
+            f"{over}. The scale, in parentheses, is chosen on the test examples themselves, for every method and number "
+            "alike, so the level is a little too high.",
             "",
             "![Normalised average accuracy against the number of experts](many_experts.png)",
         ]
