@@ -113,7 +113,7 @@ def test_predicted_kl_is_the_measured_kl_of_small_changes(model, space, exact_co
 @pytest.mark.parametrize(("rule", "choice"), [(Rule.PROJECT, {"top": 8}), (Rule.WIENER, {}), (Rule.JOINT, {})])
 def test_a_budget_is_what_the_model_then_shows(model, space, exact_cost, rule, choice):
     batch, fishers = exact_cost
-    spectrum = solve(collect_fisher(model, [HARM], space, reference=UTILITY), fishers["global"])
+    spectrum = solve(collect_fisher(model, [HARM], space, structure="global", reference=UTILITY), fishers["global"])
     errors = []
     for budget in (1e-4, 1e-5):
         selection = Selection(budget=budget, **choice)
@@ -173,8 +173,11 @@ def test_two_experts_with_fishers_at_their_own_are_merged_as_by_fisher_merging(m
     first, second = (own[name].diagonal() for name in parts)
     fisher_merging = (first * utility + second * safety) / (first + second)
     assert relative_error(merged, fisher_merging) < 1e-6
-    with pytest.raises(InputError, match="that of 'x' was taken at 'utility'"):
-        merge_experts({"x": own[UTILITY], SAFETY: own[SAFETY]}, {"x": utility, SAFETY: safety})
+    swapped = {UTILITY: own[SAFETY], SAFETY: own[UTILITY]}
+    with pytest.raises(InputError, match=f"that of '{UTILITY}' at '{SAFETY}'"):
+        merge_experts(swapped, {UTILITY: utility, SAFETY: safety})
+    renamed, _ = merge_experts({"x": own[UTILITY], "y": own[SAFETY]}, {"x": utility, "y": safety}, damping=1e-14)
+    assert torch.equal(renamed, merged)
 
 
 def test_experts_that_do_not_match(spectra):

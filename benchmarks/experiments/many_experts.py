@@ -5,7 +5,7 @@
 Each expert is an adapter of one classification task. For every T the first T tasks are merged, and the merged model is
 measured on all of their test examples. The numbers are the normalised average accuracy, the mean of accuracy(merged) /
 accuracy(expert), and the plain average accuracy, which an expert that has learned nothing cannot distort. SST's many-expert
-form (`merge_experts` with its defaults) takes the Fisher of each expert's data at that expert as its gain and the others' as
+form (`sst_experts` with its defaults) takes the Fisher of each expert's data at that expert as its gain and the others' as
 its cost; RegMean and Fisher merging are given the same Fishers.
 """
 
@@ -33,7 +33,6 @@ from sstmerge.evaluation.classification_tasks import CLASSIFICATION_TASKS, load_
 from sstmerge.evaluation.metrics import Interval, bootstrap, normalised_average_accuracy
 from sstmerge.evaluation.overlap import refuse_overlaps, without
 from sstmerge.fisher import Fisher
-from sstmerge.merging import merge_experts
 from sstmerge.merging.methods.statistics import FisherStatistics
 from sstmerge.pipeline.evaluate import write_json
 from sstmerge.pipeline.evaluate_job import adapter_state, core_state
@@ -41,7 +40,7 @@ from sstmerge.pipeline.method_merge import merge_adapters
 from sstmerge.prompts import Example
 
 STATISTICS = "kfac"
-SST = "sst"
+SST = "sst_experts"
 # Filters shrink what is merged, so that their scales begin higher.
 SST_STRETCH = 2.0
 # A common weight of all experts cancels where the sum of their Fishers is divided by.
@@ -87,7 +86,6 @@ class Config:
         test: Test examples of each task.
         scales: Weights that all experts are given, and twice as much by SST.
         methods: Methods of the registry; None for all that need no roles.
-        structure: Structure of SST's Fishers.
         epochs: Passes of the training.
         learning_rate: Peak learning rate.
         resamples: Bootstrap resamples.
@@ -101,7 +99,6 @@ class Config:
     test: int = 200
     scales: tuple[float, ...] = (0.1, 0.2, 0.4, 0.8, 1.2)
     methods: tuple[str, ...] | None = None
-    structure: str = "kfac"
     epochs: int = 2
     learning_rate: float = 7e-4
     resamples: int = 2000
@@ -153,7 +150,7 @@ class ManyExperts:
             for name, method in available_methods().items()
             if set(method.needs) <= {"fishers"} and name != "cat" and (config.methods is None or name in config.methods)
         ]
-        self.names = [*runnable, SST]
+        self.names = [*(name for name in runnable if name != SST), SST]
 
     def rows(self, seed: int) -> dict[str, tuple[list[Example], list[Example]]]:
         """Return training and test examples of each task; no training example of any task is a test example of any other.
@@ -228,10 +225,7 @@ class ManyExperts:
             adapters = bench.adapters(some)
             space = CoreSpace.of(list(adapters.values()))
             learned = {task: rows[task][0][: config.fisher_rows] for task in some}
-            fishers = {
-                structure: {t: bench.own_fisher(t, learned[t], structure, space, some, seed) for t in some}
-                for structure in sorted({STATISTICS, config.structure})
-            }
+            fishers = {t: bench.own_fisher(t, learned[t], STATISTICS, space, some, seed) for t in some}
             measured = {task: tests[task] for task in some}
             found[count, BASE, 0.0] = self._point("base", space.zero, space, measured, {}, {})
             found[count, EXPERTS, 1.0] = {}
@@ -241,10 +235,9 @@ class ManyExperts:
                 )
                 found[count, EXPERTS, 1.0] |= alone
             for name in self.names:
-                given = fishers[config.structure if name == SST else STATISTICS]
                 for scale in self.scales(name):
-                    settings = {"method": name, "scale": scale, "seed": seed, "structure": config.structure}
-                    merged = partial(_merged, name, scale, seed, adapters, space, given)
+                    settings = {"method": name, "scale": scale, "seed": seed, "structure": STATISTICS}
+                    merged = partial(_merged, name, scale, seed, adapters, fishers)
                     found[count, name, scale] = self._point(name, merged, space, measured, some, settings)
         return found
 
@@ -351,12 +344,8 @@ def _merged(
     scale: float,
     seed: int,
     adapters: Mapping[str, Adapter],
-    space: CoreSpace,
     fishers: Mapping[str, Fisher],
-) -> Tensor | Adapter:
-    if name == SST:
-        experts = {task: space.core(task) for task in adapters}
-        return merge_experts(fishers, experts, scales=dict.fromkeys(adapters, scale))[0]
+) -> Adapter:
     needs = available_methods()[name].needs
     return merge_adapters(
         list(adapters.values()),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import reduce
 from operator import add
@@ -11,10 +11,9 @@ from torch import Tensor
 
 from sstmerge.errors import InputError
 from sstmerge.fisher import Fisher
-from sstmerge.gevp import solve
+from sstmerge.gevp import Spectrum, solve
 from sstmerge.merging.selection import Selection
 from sstmerge.merging.sst import Merge, MergeReport, Rule, merge_cores
-
 
 # A direction's gain over the sum of its gain and of the others' mean cost: of two experts that is Fisher merging.
 DEFAULT_SELECTION = Selection(mu=1.0)
@@ -43,8 +42,8 @@ def merge_experts(
         scales: Factor a_t by name; 1 by default. Shrinking takes from what an expert needs, too: 1.5 was best where it was
             measured.
         rule: `wiener` or `project`.
-        selection: Which directions of every expert; μ = 1 by default for `wiener`, 99 % of the gain energy for `project`. The
-            cost is per response token of all others together, so that μ weighs the mean of the others, not their sum.
+        selection: Which directions of every expert; μ = 1 by default for `wiener`, 99 % of the gain energy for `project`.
+            The cost is per response token of all others together, so that μ weighs the mean of the others, not their sum.
         pooled_cost: One cost Fisher for all experts, instead of the sum of the others.
         damping: Relative damping.
 
@@ -67,14 +66,16 @@ def merge_experts(
         raise InputError(f"scales names {sorted(unknown)}, which are no experts.")
     if selection is None:
         selection = DEFAULT_SELECTION if rule is Rule.WIENER else Selection()
-    fishers = _at_one_reference(fishers)
     total: Tensor | None = None
     reports = {}
-    for name, expert in experts.items():
-        cost = pooled_cost or reduce(add, (fisher for other, fisher in fishers.items() if other != name))
-        spectrum = solve(fishers[name], cost, damping=damping)
+    for name, spectrum in expert_spectra(fishers, pooled_cost=pooled_cost, damping=damping):
         merged: Merge = merge_cores(
-            spectrum, 0.0 * expert, expert, rule=rule, scale=(scales or {}).get(name), selection=selection
+            spectrum,
+            0.0 * experts[name],
+            experts[name],
+            rule=rule,
+            scale=(scales or {}).get(name),
+            selection=selection,
         )
         total = merged.core if total is None else total + merged.core
         reports[name] = merged.report
@@ -83,16 +84,44 @@ def merge_experts(
     return total, reports
 
 
+def expert_spectra(
+    fishers: Mapping[str, Fisher], *, pooled_cost: Fisher | None = None, damping: float | None = None
+) -> Iterator[tuple[str, Spectrum]]:
+    """Solve every expert's gain against the cost of the others.
+
+    Args:
+        fishers: As for `merge_experts`.
+        pooled_cost: One cost Fisher for all experts, instead of the sum of the others.
+        damping: Relative damping.
+
+    Yields:
+        Name and spectrum, expert after expert.
+
+    Raises:
+        InputError: The Fishers were taken at several points that are not their own experts.
+    """
+    comparable = _at_one_reference(fishers)
+    for name, gain in comparable.items():
+        cost = pooled_cost or reduce(add, (fisher for other, fisher in comparable.items() if other != name))
+        yield name, solve(gain, cost, damping=damping)
+
+
 def _at_one_reference(fishers: Mapping[str, Fisher]) -> Mapping[str, Fisher]:
-    """Return the Fishers as ones that can be added: taken at one point, or each at its own expert."""
+    """Return the Fishers as ones that can be added: taken at one point, or each at its own expert.
+
+    A Fisher records the name that its expert had when it was collected, which need not be today's.
+
+    Raises:
+        InputError: They were taken at several points that are not their own experts.
+    """
     references = {name: fisher.metadata.get("reference") for name, fisher in fishers.items()}
     if len(set(references.values())) == 1:
         return fishers
-    strays = {name: where for name, where in references.items() if where != name}
-    if strays:
+    strays = any(where != name and where in fishers for name, where in references.items())
+    if strays or len(set(references.values())) < len(references):
+        found = ", ".join(f"that of '{name}' at '{where}'" for name, where in references.items())
         raise InputError(
-            "Expected Fishers that were all taken at one reference, or each at the expert of its own name; but "
-            + ", ".join(f"that of '{name}' was taken at '{where}'" for name, where in strays.items())
-            + "."
+            f"Expected Fishers that were all taken at one reference, or each at its own expert; but found {found}. Collect "
+            "each with its own expert's name as --reference."
         )
     return {n: replace(fisher, metadata={**fisher.metadata, "reference": _OWN}) for n, fisher in fishers.items()}

@@ -11,8 +11,9 @@ from fisher_cases import SHAPES, TOKENS, Data, adapters, assert_equal, batches, 
 
 from sstmerge.adapters import CoreSpace
 from sstmerge.errors import InputError, SolverError
-from sstmerge.fisher import Fisher
+from sstmerge.fisher import Fisher, Structure
 from sstmerge.gevp import solve
+from sstmerge.gevp.spectrum import DEFAULT_DAMPING
 from sstmerge.merging.methods import statistical
 from sstmerge.merging.methods.kronecker_solve import KroneckerSum, solve_kronecker_sum
 from sstmerge.merging.methods.registry import Method
@@ -200,6 +201,44 @@ def test_regmean_minimises_its_objective_within_the_span():
         assert objective(result[path] - 0.01 * step) > best
 
 
+def test_experts_are_filtered_by_what_they_cost_the_others():
+    """Σ_t w_t (F_t + μ (mean F_s + ε · mean diagonal · I))⁻¹ F_t c_t, dense, per layer."""
+    members = adapters()
+    space = CoreSpace.of(members)
+    result = run("sst_experts", batches(space, WEIGHTS), fishers(space, "block"), mu=2.0)
+    expected = {}
+    for path in SHAPES:
+        U, V = own_bases(members, path)
+        matrices = {n: layer_fisher("block", DATA[n], path, U, V, 0.0) for n in NAMES}
+        expected[path] = 0.0
+        for adapter, weight in zip(members, WEIGHTS, strict=True):
+            own, others = matrices[adapter.name], [matrices[n] for n in NAMES if n != adapter.name]
+            cost = damped(sum(others) / len(others), DEFAULT_DAMPING[Structure.BLOCK])
+            kept = np.linalg.solve(own + 2.0 * cost, own @ (U.T @ deltas_of(adapter)[path] @ V).ravel())
+            expected[path] = expected[path] + weight * (U @ kept.reshape(U.shape[1], V.shape[1]) @ V.T)
+    assert_equal(result, expected)
+
+
+def test_experts_with_no_cost_are_the_weighted_sum_and_one_expert_is_refused():
+    members = adapters()
+    space = CoreSpace.of(members)
+    result = run("sst_experts", batches(space, WEIGHTS), fishers(space, "kfac"), mu=0.0)
+    assert_equal(result, {p: sum(w * deltas_of(a)[p] for w, a in zip(WEIGHTS, members, strict=True)) for p in SHAPES})
+    (alone,) = adapters(("code",))
+    own = CoreSpace.of([alone])
+    with pytest.raises(InputError, match="needs at least two"):
+        run("sst_experts", batches(own, [1.0]), fishers(own, "kfac", {"code": DATA["code"]}))
+
+
+@pytest.mark.parametrize("structure", ["kfac", "block", "global"])
+def test_experts_do_not_depend_on_order_or_gauge(structure):
+    members = adapters()
+    space, other = CoreSpace.of(members), CoreSpace.of([regauged(a) for a in reversed(members)])
+    first = run("sst_experts", batches(space, WEIGHTS), fishers(space, structure))
+    second = run("sst_experts", batches(other, WEIGHTS[::-1]), fishers(other, structure))
+    assert_equal(second, first, tolerance=2e-4)
+
+
 AVERAGES = [("fisher_diagonal", "diagonal"), ("fisher_diagonal", "global")] + [
     ("fisher_full", s) for s in ("diagonal", "kfac", "block")
 ]
@@ -381,7 +420,7 @@ def test_the_ratio_mask_does_not_depend_on_order_or_gauge(mask):
 
 
 def test_every_row_is_complete():
-    assert list(ROWS) == ["fisher_diagonal", "fisher_full", "regmean", "fisher_ratio_mask"]
+    assert list(ROWS) == ["fisher_diagonal", "fisher_full", "regmean", "sst_experts", "fisher_ratio_mask"]
     for row in ROWS.values():
         assert row.paper.startswith("https://")
         assert row.formula
@@ -391,6 +430,7 @@ def test_every_row_is_complete():
         ("fisher_diagonal", "floor", 0.0),
         ("fisher_full", "damping", -1.0),
         ("regmean", "off_diagonal", 1.5),
+        ("sst_experts", "mu", -1.0),
         ("fisher_ratio_mask", "fraction", 0.0),
         ("fisher_ratio_mask", "temperature", 0.0),
         ("fisher_ratio_mask", "mask", "hard"),

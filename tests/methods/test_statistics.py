@@ -152,6 +152,7 @@ CASES = [
     ("fisher_full", "kfac", {}),
     ("fisher_full", "block", {"damping": 0.1}),
     ("regmean", "kfac", {}),
+    ("sst_experts", "kfac", {"mu": 0.5}),
     ("fisher_ratio_mask", "diagonal", {"mask": "sigmoid"}),
     ("vila_pilot", "global", {}),
     ("agl_merge", "global", {"directions": 5}),

@@ -137,6 +137,28 @@ def regmean(batch: CoreBatch, statistics: FisherStatistics, *, off_diagonal: flo
     return solution
 
 
+def sst_experts(batch: CoreBatch, statistics: FisherStatistics, *, mu: float) -> Tensor:
+    """Return Σ_t w_t P_t c_t, where P_t filters by the gain F_t against the others' mean Fisher (`merge_experts`).
+
+    Args:
+        batch: The layers, at least two adapters.
+        statistics: One Fisher per adapter, each collected at its own adapter.
+        mu: Weight of the others' cost; 0 gives the weighted sum.
+
+    Returns:
+        Cores, shape (L, R_o, R_i), float64.
+
+    Raises:
+        InputError: There is one adapter only, or the Fishers were taken at points that are not their own adapters.
+    """
+    if len(batch.adapters) < 2:
+        raise InputError("'sst_experts' filters each adapter by what it costs the others, so it needs at least two.")
+    statistics.of(batch)
+    filtered = statistics.filtered(mu)
+    parts = [statistics.space.split(filtered[name])[batch.group] for name in batch.adapters]
+    return (batch.weights[:, None, None, None] * torch.stack(parts)).sum(dim=0)
+
+
 def fisher_ratio_mask(
     batch: CoreBatch, statistics: GainAndCost, *, mask: str, fraction: float, temperature: float
 ) -> Tensor:
@@ -328,6 +350,24 @@ METHODS: tuple[Method, ...] = (
             "(uncorrelated inputs of one variance, or adapters that span the whole input). α shrinks entries of the "
             "covariance in the basis V, not those between single neurons. Covariances are means per position where "
             "RegMean takes sums over its examples. Needs 'kfac' or 'ekfac' Fishers, each collected at its own adapter."
+        ),
+    ),
+    Method(
+        name="sst_experts",
+        title="SST of many experts",
+        function=sst_experts,
+        acts_on="core",
+        formula="c = Σ_t λ_t P_t c_t,  P_t = (F_t + μ mean_{s≠t} F_s)⁻¹ F_t through F_t v = λ (mean_{s≠t} F_s) v",
+        paper="https://arxiv.org/abs/2111.09832",
+        options=(
+            Option("mu", float, 1.0, "Weight μ of the others' cost; 0 gives the weighted sum.", low=0.0, high=1e6),
+        ),
+        needs=("fishers",),
+        note=(
+            "The many-expert form of SST: what each adapter gains on its own data, against what it costs the others on "
+            "theirs. Of two adapters, with μ = 1, it is Fisher merging; of more it is not, because each has its weight and "
+            "the cost is a mean. Takes Fishers of any structure but 'ekfac' (whose eigenbases differ), each collected at "
+            "its own adapter (--reference NAME) with sampled labels. Filters shrink: weights of 1 to 2 are usual."
         ),
     ),
     Method(

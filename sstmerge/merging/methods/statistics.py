@@ -22,9 +22,12 @@ from sstmerge.adapters import CoreSpace
 from sstmerge.errors import FisherError, InputError
 from sstmerge.fisher import Fisher, Structure
 from sstmerge.gevp import Spectrum, solve
+from sstmerge.merging.experts import expert_spectra
 from sstmerge.merging.methods.eigenspace import Eigenspace
 from sstmerge.merging.methods.registry import CoreBatch
 from sstmerge.merging.module_filter import module_filter
+from sstmerge.merging.selection import Selection
+from sstmerge.merging.sst import Rule, merge_cores
 
 # Share of an adapter's squared norm that a space may miss: float32 bases and the rank tolerance stay far below.
 _SHARE_LOST = 1e-4
@@ -43,6 +46,8 @@ class FisherStatistics:
     """
 
     fishers: Mapping[str, Fisher]
+    # By μ; the methods ask for it group after group.
+    _filtered: dict[float, dict[str, Tensor]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not self.fishers:
@@ -83,6 +88,22 @@ class FisherStatistics:
     def diagonals(self) -> dict[str, Tensor]:
         """Diagonal of every Fisher in core coordinates, shape (D,), float64."""
         return {name: core_diagonal(fisher) for name, fisher in self.fishers.items()}
+
+    def filtered(self, mu: float) -> dict[str, Tensor]:
+        """Return every adapter's coordinates filtered by its gain against the others' cost, shape (D,), float64.
+
+        Args:
+            mu: Weight of the others' mean cost.
+        """
+        if mu not in self._filtered:
+            space, selection = self.space, Selection(mu=mu)
+            self._filtered[mu] = {
+                name: merge_cores(
+                    spectrum, space.zero(), space.core(name), rule=Rule.WIENER, selection=selection
+                ).core.double()
+                for name, spectrum in expert_spectra(self.fishers)
+            }
+        return self._filtered[mu]
 
 
 @dataclass(frozen=True)
