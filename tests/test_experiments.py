@@ -231,6 +231,6 @@ def test_many_experts_runs_through_and_resumes(modules, model, data, tmp_path):
             assert row[metric]["estimate"] == pytest.approx(max(row[metric]["by scale"].values()))
             assert set(row["by task"][metric]) == set(config.tasks[: row["experts"]])
         assert row[many.PLAIN]["estimate"] == pytest.approx(np.mean([*row["by task"][many.PLAIN].values()]))
-    assert "| sst | " in (tmp_path / "out" / "many_experts.md").read_text()
+    assert "| sst_experts | " in (tmp_path / "out" / "many_experts.md").read_text()
     with pytest.raises(modules["many_experts"].DataError, match="4 experts need as many tasks, but 3"):
         many.ManyExperts(bench, data, tmp_path, replace(config, counts=(4,)))
