@@ -41,10 +41,10 @@ from sstmerge.prompts import Example
 
 STATISTICS = "kfac"
 SST = "sst_experts"
-# Filters shrink what is merged, so that their scales begin higher.
-SST_STRETCH = 2.0
-# A common weight of all experts cancels where the sum of their Fishers is divided by.
-WITHOUT_SCALE = ("regmean", "fisher_full", "fisher_diagonal")
+# An average by Fishers is published without a scale, a common weight of all experts cancels in it, and it shrinks: its result
+# is multiplied by these, as ours is.
+AVERAGES = ("fisher_diagonal", "fisher_full", "regmean")
+SCALES_OF_FILTERS = (1.0, 1.5, 2.0)
 NORMALISED, PLAIN = "normalised average accuracy", "average accuracy"
 BASE, EXPERTS = "base", "experts"
 LONGEST_PROMPT = 400  # characters
@@ -84,7 +84,7 @@ class Config:
         train: Training examples of each task.
         fisher_rows: Training examples that an expert's Fishers see.
         test: Test examples of each task.
-        scales: Weights that all experts are given, and twice as much by SST.
+        scales: Weights that all experts are given by methods that do not shrink.
         methods: Methods of the registry; None for all that need no roles.
         epochs: Passes of the training.
         learning_rate: Peak learning rate.
@@ -180,11 +180,8 @@ class ManyExperts:
         return train, test
 
     def scales(self, name: str) -> tuple[float, ...]:
-        """Return the weights that a method is swept over."""
-        scales = self.config.scales
-        if name in WITHOUT_SCALE:
-            return scales[:1]
-        return tuple(SST_STRETCH * scale for scale in scales) if name == SST else scales
+        """Return the scales that a method is swept over."""
+        return SCALES_OF_FILTERS if name in (*AVERAGES, SST) else self.config.scales
 
     def estimate(self) -> float:
         """Return the seconds that everything will take from scratch, from a probe of this machine."""
@@ -313,8 +310,7 @@ class ManyExperts:
             lines.append("|---|" + "---|" * len(self.config.counts))
             for name in (BASE, *self.names):
                 found = [row[metric] for row in rows if row["method"] == name]
-                swept = name != BASE and name not in WITHOUT_SCALE
-                cells = [_cell(values, with_scale=swept) for values in found]
+                cells = [_cell(values, with_scale=name != BASE) for values in found]
                 lines.append(f"| {name} | " + " | ".join(cells) + " |")
         return lines
 
@@ -346,15 +342,20 @@ def _merged(
     adapters: Mapping[str, Adapter],
     fishers: Mapping[str, Fisher],
 ) -> Adapter:
-    needs = available_methods()[name].needs
-    return merge_adapters(
+    merged = merge_adapters(
         list(adapters.values()),
         [scale] * len(adapters),
         name,
-        statistics=FisherStatistics(fishers) if needs else None,
+        statistics=FisherStatistics(fishers) if available_methods()[name].needs else None,
         dtype=torch.float32,
         seed=seed,
     )
+    return _times(scale, merged) if name in AVERAGES else merged
+
+
+def _times(scale: float, adapter: Adapter) -> Adapter:
+    layers = {name: replace(factors, scaling=scale * factors.scaling) for name, factors in adapter.layers.items()}
+    return replace(adapter, layers=layers)
 
 
 def _short(examples: list[Example]) -> list[Example]:
