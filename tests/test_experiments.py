@@ -220,8 +220,8 @@ def test_many_experts_runs_through_and_resumes(modules, model, data, tmp_path):
         experiment = many.ManyExperts(bench, data, tmp_path / "out", config)
         assert experiment.estimate() > 0
         experiment.run()
-    # Once each: 3 experts, and alone; for each T the Fisher of each expert, the base, one method at 2 scales, two at 3.
-    assert len(said) == 3 + (2 + 3) + 2 + 3 + 2 * (2 + 3 + 3)
+    # Once each: 3 experts, and alone; for each T the Fisher of each expert, the base, one method at 2 scales, two at 4.
+    assert len(said) == 3 + (2 + 3) + 2 + 3 + 2 * (2 + 4 + 4)
     rows = json.loads((tmp_path / "out" / "many_experts.json").read_text())["rows"]
     assert [(r["experts"], r["method"]) for r in rows[:4]] == [
         (2, "base"), (2, "task_arithmetic"), (2, "regmean"), (2, many.SST)

@@ -44,7 +44,7 @@ SST = "sst_experts"
 # An average by Fishers is published without a scale, a common weight of all experts cancels in it, and it shrinks: its
 # result is multiplied by these, as ours is.
 AVERAGES = ("fisher_diagonal", "fisher_full", "regmean")
-SCALES_OF_FILTERS = (1.0, 1.5, 2.0)
+SCALES_OF_FILTERS = (1.0, 1.5, 2.0, 3.0)
 NORMALISED, PLAIN = "normalised average accuracy", "average accuracy"
 BASE, EXPERTS = "base", "experts"
 LONGEST_PROMPT = 400  # characters
