@@ -116,7 +116,7 @@ RIVALS = (
     "fisher_full",
 )
 SHORT = Config(
-    counts=(4, 8, 12),
+    counts=(4, 8),
     seeds=(0,),
     fisher_rows=32,
     test=48,
