@@ -42,7 +42,7 @@ from sstmerge.prompts import Example
 STATISTICS = "kfac"
 SST = "sst_experts"
 # An average by Fishers is published without a scale, a common weight of all experts cancels in it, and it shrinks: its
-# result is multiplied by these, as ours is.
+# result is swept over these, as ours is.
 AVERAGES = ("fisher_diagonal", "fisher_full", "regmean")
 SCALES_OF_FILTERS = (1.0, 1.5, 2.0, 3.0)
 NORMALISED, PLAIN = "normalised average accuracy", "average accuracy"
@@ -342,20 +342,16 @@ def _merged(
     adapters: Mapping[str, Adapter],
     fishers: Mapping[str, Fisher],
 ) -> Adapter:
-    merged = merge_adapters(
+    average = name in AVERAGES
+    return merge_adapters(
         list(adapters.values()),
-        [scale] * len(adapters),
+        [1.0 if average else scale] * len(adapters),
         name,
         statistics=FisherStatistics(fishers) if available_methods()[name].needs else None,
+        options={"scale": scale} if average else None,
         dtype=torch.float32,
         seed=seed,
     )
-    return _times(scale, merged) if name in AVERAGES else merged
-
-
-def _times(scale: float, adapter: Adapter) -> Adapter:
-    layers = {name: replace(factors, scaling=scale * factors.scaling) for name, factors in adapter.layers.items()}
-    return replace(adapter, layers=layers)
 
 
 def _short(examples: list[Example]) -> list[Example]:

@@ -287,6 +287,15 @@ def test_the_scale_of_the_weights_changes_nothing_and_zero_drops_an_adapter(name
             run(name, batches(space, weights), statistics)
 
 
+@pytest.mark.parametrize(("name", "structure"), AVERAGES)
+def test_the_result_of_an_average_can_be_scaled(name, structure):
+    space = CoreSpace.of(adapters())
+    statistics = fishers(space, structure)
+    published = run(name, batches(space, WEIGHTS), statistics)
+    result = run(name, batches(space, WEIGHTS), statistics, scale=2.0)
+    assert_equal(result, {path: 2.0 * delta for path, delta in published.items()})
+
+
 def test_large_damping_leads_to_the_weighted_average():
     members = adapters()
     space = CoreSpace.of(members)

@@ -22,14 +22,17 @@ from sstmerge.merging.methods.statistics import FisherStatistics, GainAndCost, c
 _DAMPED_STRUCTURES = (Structure.DIAGONAL, Structure.KFAC, Structure.BLOCK)
 
 
-def fisher_diagonal(batch: CoreBatch, statistics: FisherStatistics, *, normalize: bool, floor: float) -> Tensor:
-    """Return Σ λ_t F_t ∘ C_t / Σ λ_t F_t, with the diagonals of the adapters' Fishers.
+def fisher_diagonal(
+    batch: CoreBatch, statistics: FisherStatistics, *, normalize: bool, floor: float, scale: float
+) -> Tensor:
+    """Return scale · Σ λ_t F_t ∘ C_t / Σ λ_t F_t, with the diagonals of the adapters' Fishers.
 
     Args:
         batch: The layers.
         statistics: One Fisher per adapter.
         normalize: Divide each Fisher by its L2 norm over all layers.
         floor: Least value of a Fisher entry, as a share of the root mean square of the entries.
+        scale: Factor of the result.
 
     Returns:
         Cores, shape (L, R_o, R_i), float64.
@@ -51,11 +54,13 @@ def fisher_diagonal(batch: CoreBatch, statistics: FisherStatistics, *, normalize
         part = statistics.space.split(lifted)[batch.group]
         weights.append(share * part / (norm if normalize else 1.0))
     stacked = torch.stack(weights)
-    return (stacked * batch.cores).sum(dim=0) / stacked.sum(dim=0)
+    return scale * (stacked * batch.cores).sum(dim=0) / stacked.sum(dim=0)
 
 
-def fisher_full(batch: CoreBatch, statistics: FisherStatistics, *, normalize: bool, damping: float) -> Tensor:
-    """Return (Σ λ_t F_t)⁻¹ Σ λ_t F_t c_t, with the whole matrix of every layer.
+def fisher_full(
+    batch: CoreBatch, statistics: FisherStatistics, *, normalize: bool, damping: float, scale: float
+) -> Tensor:
+    """Return scale · (Σ λ_t F_t)⁻¹ Σ λ_t F_t c_t, with the whole matrix of every layer.
 
     Every F_t is damped on both sides of the formula (F_t + damping · mean diagonal · I; for `kfac` its factors, by the
     square root), so that the result goes from Fisher merging to the weighted average as the damping grows, and one
@@ -66,6 +71,7 @@ def fisher_full(batch: CoreBatch, statistics: FisherStatistics, *, normalize: bo
         statistics: One Fisher per adapter, all of the structure `diagonal`, `kfac` or `block`.
         normalize: Divide each Fisher by its Frobenius norm over all layers.
         damping: Relative damping.
+        scale: Factor of the result.
 
     Returns:
         Cores, shape (L, R_o, R_i), float64.
@@ -79,9 +85,9 @@ def fisher_full(batch: CoreBatch, statistics: FisherStatistics, *, normalize: bo
     if normalize:
         shares = [share / _frobenius_norm(f, n) for share, f, n in zip(shares, fishers, batch.adapters, strict=True)]
     if structure is Structure.KFAC:
-        return _solve_kfac(batch, fishers, shares, damping)
+        return scale * _solve_kfac(batch, fishers, shares, damping)
     if structure is Structure.BLOCK:
-        return _solve_block(batch, fishers, shares, damping)
+        return scale * _solve_block(batch, fishers, shares, damping)
     total, weighted = torch.zeros_like(batch.cores[0]), torch.zeros_like(batch.cores[0])
     for share, fisher, core in zip(shares, fishers, batch.cores, strict=True):
         part = fisher.space.split(fisher.diagonal())[batch.group]
@@ -89,16 +95,17 @@ def fisher_full(batch: CoreBatch, statistics: FisherStatistics, *, normalize: bo
         total, weighted = total + damped, weighted + damped * core
     if not bool((total > 0).all()):
         raise SolverError(_unseen(batch, int((total <= 0).flatten(1).any(dim=1).nonzero()[0]), damping))
-    return weighted / total
+    return scale * weighted / total
 
 
-def regmean(batch: CoreBatch, statistics: FisherStatistics, *, off_diagonal: float) -> Tensor:
-    """Return (Σ λ_t C_t X_t) (Σ λ_t X_t)⁻¹, with X_t = E[x̃ x̃ᵀ] of the inputs that adapter t sees.
+def regmean(batch: CoreBatch, statistics: FisherStatistics, *, off_diagonal: float, scale: float) -> Tensor:
+    """Return scale · (Σ λ_t C_t X_t) (Σ λ_t X_t)⁻¹, with X_t = E[x̃ x̃ᵀ] of the inputs that adapter t sees.
 
     Args:
         batch: The layers.
         statistics: One `kfac` or `ekfac` Fisher per adapter, collected with weight sharing `expand`.
         off_diagonal: Factor of the off-diagonal entries of every X_t.
+        scale: Factor of the result.
 
     Returns:
         Cores, shape (L, R_o, R_i), float64.
@@ -134,7 +141,7 @@ def regmean(batch: CoreBatch, statistics: FisherStatistics, *, off_diagonal: flo
             "inputs. Collect more data, or shrink the off-diagonal entries (off_diagonal below 1)."
         )
     solution: Tensor = torch.cholesky_solve(weighted.mT, factor).mT
-    return solution
+    return scale * solution
 
 
 def sst_experts(batch: CoreBatch, statistics: FisherStatistics, *, mu: float) -> Tensor:
@@ -280,6 +287,16 @@ _NORMALIZE = Option(
     "normalize", bool, True, "Divide each Fisher by its norm over all layers, so that no adapter wins by larger scores."
 )
 
+_SCALE = Option(
+    "scale",
+    float,
+    1.0,
+    "Factor of the result: averages shrink, and a common factor of the weights cancels. The papers have none.",
+    low=0.0,
+    low_is_allowed=False,
+    high=100.0,
+)
+
 METHODS: tuple[Method, ...] = (
     Method(
         name="fisher_diagonal",
@@ -299,6 +316,7 @@ METHODS: tuple[Method, ...] = (
                 low_is_allowed=False,
                 high=1.0,
             ),
+            _SCALE,
         ),
         needs=("fishers",),
         note=(
@@ -325,6 +343,7 @@ METHODS: tuple[Method, ...] = (
                 low=0.0,
                 high=1e6,
             ),
+            _SCALE,
         ),
         needs=("fishers",),
         note=(
@@ -342,6 +361,7 @@ METHODS: tuple[Method, ...] = (
         paper="https://arxiv.org/abs/2212.09849",
         options=(
             Option("off_diagonal", float, 0.9, "Factor α of the covariances' off-diagonal entries.", low=0.0, high=1.0),
+            _SCALE,
         ),
         needs=("fishers",),
         note=(
