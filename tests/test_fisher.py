@@ -232,11 +232,11 @@ def test_sampled_labels_follow_the_model(case):
     core = space.core("a")
     prompts = [batch.input_ids[0, :4], batch.input_ids[1, :6]]
     exact_batches = enumerated_labels(model, space, core, prompts)
-    exact = collect_fisher(model, exact_batches, space, reference=core)
+    exact = collect_fisher(model, exact_batches, space, structure="global", reference=core)
     assert exact.tokens == pytest.approx(2.0, abs=1e-5)
     assert float(exact.mean_score().norm()) < 1e-4 * float(exact.scores().norm())
 
-    sampled = collect_fisher(model, [batch], space, labels="sampled", reference=core, draws=draws)
+    sampled = collect_fisher(model, [batch], space, structure="global", labels="sampled", reference=core, draws=draws)
     assert sampled.tokens == 2 * draws
     for row in (0, 1):
         mine = sampled.statistics["scores"].double()[sampled.statistics["score_half"] == row]
@@ -259,8 +259,13 @@ def test_sampled_fisher_is_unbiased(case):
     model, space, _ = case
     batch = random_batch([5, 7, 4], response=1, seed=6)
     prompts = [batch.input_ids[i, : int(batch.attention_mask[i].sum()) - 1] for i in range(3)]
-    exact = dense_fisher(collect_fisher(model, enumerated_labels(model, space, space.zero(), prompts), space))
-    runs = [collect_fisher(model, [batch], space, labels="sampled", draws=30, seed=seed) for seed in range(4)]
+    exact = dense_fisher(
+        collect_fisher(model, enumerated_labels(model, space, space.zero(), prompts), space, structure="global")
+    )
+    runs = [
+        collect_fisher(model, [batch], space, structure="global", labels="sampled", draws=30, seed=seed)
+        for seed in range(4)
+    ]
     scores = torch.cat([run.statistics["scores"] for run in runs]).double()
     per_draw = scores.view(120, 3, space.size)
     directions = torch.randn(8, space.size, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -279,7 +284,9 @@ def test_labels_depend_on_seed_and_index_only(case):
     batch = random_batch([6, 6], response=2)
 
     def scores(data, **options):
-        return collect_fisher(model, [data], space, labels="sampled", **options).statistics["scores"]
+        return collect_fisher(model, [data], space, structure="global", labels="sampled", **options).statistics[
+            "scores"
+        ]
 
     assert torch.equal(scores(batch, seed=3), scores(batch, seed=3))
     assert not torch.equal(scores(batch, seed=3), scores(batch, seed=4))

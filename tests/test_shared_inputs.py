@@ -69,8 +69,8 @@ def test_inputs_that_differ_later_are_projected_alone(model, space, monkeypatch)
 
     for layer in model.model.layers:
         layer.self_attn.k_proj.register_forward_pre_hook(own_input)
-    misled = collect_fisher(model, [BATCH], space, reference="a")
+    misled = collect_fisher(model, [BATCH], space, structure="global", reference="a")
     monkeypatch.setattr(Taps, "find_shared_inputs", lambda taps, run: None)
-    expected = collect_fisher(model, [BATCH], space, reference="a")
+    expected = collect_fisher(model, [BATCH], space, structure="global", reference="a")
     assert relative_error(misled.statistics["scores"], expected.statistics["scores"]) < 1e-6
     assert torch.equal(misled.counts.positions, expected.counts.positions)
