@@ -279,7 +279,11 @@ def write_rows(path: Path, rows: list[dict]) -> Path:
     return path
 
 
-def collect_pair_files(job: dict[str, str], folder: Path) -> dict[str, str]:
+def collect_pair_files(
+    job: dict[str, str],
+    folder: Path,
+    options: CollectionOptions = CollectionOptions(),  # noqa: B008 (frozen)
+) -> dict[str, str]:
     """Collect the Fishers of the fixture `job` as files; returns `gain` and `cost`."""
     files = {"gain": folder / "gain.safetensors", "cost": folder / "cost.safetensors"}
     for name, data, labels in (("gain", "harm.jsonl", "data"), ("cost", "benign.jsonl", "sampled")):
@@ -289,6 +293,6 @@ def collect_pair_files(job: dict[str, str], folder: Path) -> dict[str, str]:
             [job[data]],
             files[name],
             labels=labels,
-            options=CollectionOptions(),
+            options=options,
         )
     return {name: str(path) for name, path in files.items()}

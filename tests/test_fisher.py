@@ -284,9 +284,8 @@ def test_labels_depend_on_seed_and_index_only(case):
     batch = random_batch([6, 6], response=2)
 
     def scores(data, **options):
-        return collect_fisher(model, [data], space, structure="global", labels="sampled", **options).statistics[
-            "scores"
-        ]
+        found = collect_fisher(model, [data], space, structure="global", labels="sampled", **options)
+        return found.statistics["scores"]
 
     assert torch.equal(scores(batch, seed=3), scores(batch, seed=3))
     assert not torch.equal(scores(batch, seed=3), scores(batch, seed=4))

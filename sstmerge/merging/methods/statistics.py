@@ -98,9 +98,7 @@ class FisherStatistics:
         if mu not in self._filtered:
             space, selection = self.space, Selection(mu=mu)
             self._filtered[mu] = {
-                name: merge_cores(
-                    spectrum, space.zero(), space.core(name), rule=Rule.WIENER, selection=selection
-                ).core.double()
+                name: merge_cores(spectrum, space.zero(), space.core(name), rule=Rule.WIENER, selection=selection).core
                 for name, spectrum in expert_spectra(self.fishers)
             }
         return self._filtered[mu]
