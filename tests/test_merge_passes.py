@@ -54,8 +54,27 @@ def test_a_merge_with_fishers_at_hand_never_forms_the_bases(model, space):
     merged = merge_cores(solve(*fishers), utility, safety, selection=Selection(top=3))
     rebuilt.to_adapter(merged.core, name="merged")
     assert not any({"U", "V"} & set(vars(group)) for group in rebuilt.groups)
+    # Nor passes over the factors more than once: Gram matrices are for the making of a basis.
+    assert not any("gram" in vars(stack) for group in rebuilt.groups for stack in (group.outputs, group.inputs))
     assert rebuilt.groups[0].U.shape[0] == len(rebuilt.groups[0].names)
     assert "U" in vars(rebuilt.groups[0])
+
+
+def test_cores_from_recorded_bases_are_those_of_the_gram_matrices(space):
+    for group in space.groups:
+        for index, adapter in enumerate(space.adapters):
+            for core, name in zip(group.core(index), group.names, strict=True):
+                i, factors = group.names.index(name), adapter.layers[name]
+                projected = group.U[i].double().mT @ factors.delta().double() @ group.V[i].double()
+                assert relative_error(core, projected) < 1e-6
+
+
+def test_a_singular_recorded_basis_is_damage(space):
+    tensors = {name: tensor.clone() for name, tensor in space.basis_tensors().items()}
+    tensors["basis.input.0"][0, 0] = 0.0
+    damaged = CoreSpace.from_basis(space.adapters, space.basis_description(), tensors)
+    with pytest.raises(AdapterError, match=f"basis of layer '{space.groups[0].names[0]}' is singular"):
+        damaged.core("utility")
 
 
 def test_a_cholesky_factor_that_fails_is_replaced_by_the_symmetric_root(model):

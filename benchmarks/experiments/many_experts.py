@@ -155,12 +155,18 @@ class ManyExperts:
     def rows(self, seed: int) -> dict[str, tuple[list[Example], list[Example]]]:
         """Return training and test examples of each task; no training example of any task is a test example of any other.
 
-        SST-2's sentences are among Rotten Tomatoes', for one. The test examples are the same for all seeds.
+        SST-2's sentences are among Rotten Tomatoes', for one: no task is tested on what an earlier one could learn. So the
+        examples of a task are the same whatever tasks follow; and the test examples are the same for all seeds.
         """
         config = self.config
         tasks = config.tasks[: max(config.counts)]
         pools = {task: self._pools(task) for task in tasks}
-        tests = {task: random.Random(0).sample(without(pools[task][1]), config.test) for task in tasks}
+        tests: dict[str, list[Example]] = {}
+        for task in tasks:
+            unseen = without(pools[task][1], *(pools[earlier][0] for earlier in tests))
+            if len(unseen) < config.test:
+                raise DataError(f"The task '{task}' has {len(unseen)} test examples, but needs {config.test}.")
+            tests[task] = random.Random(0).sample(unseen, config.test)
         found = {}
         for task in tasks:
             left = without(pools[task][0], *tests.values())
@@ -175,8 +181,6 @@ class ManyExperts:
         whole = "all" in CLASSIFICATION_TASKS[task].local.splits and self._data is not None
         splits = ("all", "all") if whole else ("train", "test")
         train, test = (_short(load_task(task, split, data=self._data)) for split in splits)
-        if len(without(test)) < self.config.test:
-            raise DataError(f"The task '{task}' has {len(without(test))} test examples, but needs {self.config.test}.")
         return train, test
 
     def scales(self, name: str) -> tuple[float, ...]:
@@ -376,9 +380,12 @@ def main() -> None:
     parser.add_argument(
         "--counts", type=int, nargs="+", help="numbers of experts (default: those of the configuration)"
     )
+    parser.add_argument(
+        "--methods", nargs="+", help="methods of the registry beside sst_experts (default: the configuration's)"
+    )
     arguments = parser.parse_args()
     config = QUICK if arguments.quick else SHORT if arguments.short else Config()
-    for name in ("seeds", "counts"):
+    for name in ("seeds", "counts", "methods"):
         if getattr(arguments, name):
             config = replace(config, **{name: tuple(getattr(arguments, name))})
     say = stopwatch()

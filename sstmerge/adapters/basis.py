@@ -16,6 +16,7 @@ from torch import Tensor
 
 from sstmerge.adapters.adapter import Adapter, natural_order
 from sstmerge.adapters.stacks import FactorStack
+from sstmerge.errors import AdapterError
 
 # A direction is kept if it carries more than this share of the Frobenius norm of some ΔW_t. Gram matrices in float64
 # resolve relative singular values down to about 1e-8; float32 factors carry 1e-7 of rounding.
@@ -72,22 +73,55 @@ class LayerGroup:
         return layers * rows * columns
 
     def core(self, adapter: int) -> Tensor:
-        """Return the cores C = s (Uᵀ B)(A V) of an adapter from the small Gram matrices.
+        """Return the cores C = s (Uᵀ B)(A V) of an adapter.
 
         Args:
             adapter: Index of the adapter.
 
         Returns:
             Shape (L, R_o, R_i), float64; zero for an adapter that has no part in the group.
+
+        Raises:
+            AdapterError: The basis was read from a damaged file.
         """
         offset = 0
         for t, (member, rank) in enumerate(self.members):
             if member == adapter:
                 block = slice(offset, offset + rank)
-                left = self.output_transform.mT @ self.outputs.gram[:, :, block]
-                return (self.scaling[:, t, None, None] * left) @ (self.inputs.gram[:, block] @ self.input_transform)
+                left = self.scaling[:, t, None, None] * self._stack_in_U[:, :, block]
+                return left @ self._stack_in_V[:, :, block].mT
             offset += rank
         return self.scaling.new_zeros(self.core_shape)
+
+    @cached_property
+    def _stack_in_U(self) -> Tensor:
+        """Uᵀ [B_1 … B_T], shape (L, R_o, Σr), float64."""
+        return self._in_basis(self.output_transform, self.outputs)
+
+    @cached_property
+    def _stack_in_V(self) -> Tensor:
+        """Vᵀ [A_1ᵀ … A_Tᵀ], shape (L, R_i, Σr), float64."""
+        return self._in_basis(self.input_transform, self.inputs)
+
+    def _in_basis(self, transform: Tensor, stack: FactorStack) -> Tensor:
+        """Return the coordinates of a stack S in its basis S T.
+
+        A basis of independent factors has T⁻¹: the factors themselves, which a merge would have to pass over, are not
+        needed. Where some depend on others the coordinates are Tᵀ (SᵀS).
+
+        Raises:
+            AdapterError: The transform of a file is singular.
+        """
+        if transform.shape[1] != transform.shape[2]:
+            return transform.mT @ stack.gram
+        inverse: Tensor
+        inverse, info = torch.linalg.inv_ex(transform)
+        if bool(info.any()):
+            name = self.names[int(info.nonzero()[0])]
+            raise AdapterError(
+                f"The recorded basis of layer '{name}' is singular: the file is damaged; collect the statistics anew."
+            )
+        return inverse
 
 
 def stack_group(adapters: Sequence[Adapter], members: Members, names: Sequence[str]) -> Stacked:

@@ -1,7 +1,8 @@
 """Passes over the stacked factors of a group of layers, a few layers at a time.
 
-A merge needs A and B twice: once for their small Gram matrices, once for the factors it writes. Both passes convert a few
-layers to float64 in a buffer that is used again: no float64 copy of the adapters exists, and few new pages are touched.
+Making a space needs A and B once, for their small Gram matrices, and a merge once more, for the factors it writes. Both
+passes convert a few layers to float64 in a buffer that is used again: no float64 copy of the adapters exists, and few new
+pages are touched.
 """
 
 from __future__ import annotations

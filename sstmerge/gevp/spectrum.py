@@ -76,13 +76,16 @@ class Spectrum(ABC):
         """Whether the listed directions span the whole space."""
         return len(self.eigenvalues) == self.space.size
 
-    def apply_filter(self, vector: Tensor, weights: Tensor, rest: float = 0.0) -> Tensor:
+    def apply_filter(
+        self, vector: Tensor, weights: Tensor, rest: float = 0.0, *, coordinates: Tensor | None = None
+    ) -> Tensor:
         """Multiply a vector's coordinates by weights: the F_cost-metric (never Euclidean) filter.
 
         Args:
             vector: φ, shape (D,).
             weights: Factor per direction, shape (m,).
             rest: Factor of the part of φ that lies in no listed direction.
+            coordinates: What `coordinates` returned for this vector, if it is at hand, shape (m,).
 
         Returns:
             The filtered vector, shape (D,).
@@ -90,10 +93,11 @@ class Spectrum(ABC):
         if bool((weights == rest).all()):
             # The identity (or zero) is applied as such, without the rounding of a change of basis.
             return rest * vector
-        return self._filtered(vector, weights, rest)
+        return self._filtered(vector, weights, rest, coordinates)
 
-    def _filtered(self, vector: Tensor, weights: Tensor, rest: float) -> Tensor:
-        coordinates = self.coordinates(vector)
+    def _filtered(self, vector: Tensor, weights: Tensor, rest: float, coordinates: Tensor | None) -> Tensor:
+        if coordinates is None:
+            coordinates = self.coordinates(vector)
         if rest == 0.0 or self.complete:
             return self.combine(weights * coordinates)
         return rest * vector + self.combine((weights - rest) * coordinates)
@@ -157,7 +161,10 @@ class KroneckerSpectrum(Spectrum):
         cores = zip(self.space.split(gradient), self.basis.P, self.basis.Q, strict=True)
         return self.space.join([Q.mT @ core @ P for core, P, Q in cores])
 
-    def _filtered(self, vector: Tensor, weights: Tensor, rest: float) -> Tensor:
+    def _filtered(self, vector: Tensor, weights: Tensor, rest: float, coordinates: Tensor | None) -> Tensor:
+        # One kernel costs a GPU less than the launches of two products; a CPU saves the other four.
+        if coordinates is not None and coordinates.device.type == "cpu":
+            return self.combine(weights * coordinates)
         parts = zip(
             self.space.split(vector), self.basis.Q, self.basis.P, self._metrics, self.space.split(weights), strict=True
         )

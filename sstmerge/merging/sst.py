@@ -149,9 +149,10 @@ def merge_cores(
     """
     _check_options(rule, scale, selection)
     source = safety - utility if rule is Rule.JOINT else safety
-    weights, mu = _weights(spectrum, source, rule, 1.0 if scale is None else scale, selection)
+    coordinates = spectrum.coordinates(source)
+    weights, mu = _weights(spectrum, source, coordinates, rule, 1.0 if scale is None else scale, selection)
     rest = 1.0 if mu == 0.0 and not selection.counts_directions else 0.0
-    change = spectrum.apply_filter(source, weights, rest)
+    change = spectrum.apply_filter(source, weights, rest, coordinates=coordinates)
     if scale is None:
         scale = 1.0
         if selection.budget is not None and (
@@ -159,11 +160,19 @@ def merge_cores(
         ):
             scale = _scale_for(spectrum, change, selection.budget)
     change = scale * change
-    return Merge(utility + change, report(spectrum, source, change, weights, rule, scale, mu))
+    in_eigenbasis = coordinates, scale * weights * coordinates
+    return Merge(utility + change, report(spectrum, source, change, in_eigenbasis, weights, rule, scale, mu))
 
 
 def report(
-    spectrum: Spectrum, source: Tensor, change: Tensor, weights: Tensor, rule: Rule, scale: float, mu: float | None
+    spectrum: Spectrum,
+    source: Tensor,
+    change: Tensor,
+    coordinates: tuple[Tensor, Tensor],
+    weights: Tensor,
+    rule: Rule,
+    scale: float,
+    mu: float | None,
 ) -> MergeReport:
     """Describe a change of the utility model.
 
@@ -171,6 +180,7 @@ def report(
         spectrum: The solved pair of Fishers.
         source: The adapter the change was taken from, at scale 1, shape (D,).
         change: The change, shape (D,).
+        coordinates: Those of the source and of the change in the eigenbasis, each (m,).
         weights: Weight per direction, shape (m,).
         rule: Rule.
         scale: Factor that was applied.
@@ -181,7 +191,8 @@ def report(
     """
     space = spectrum.space
     kept = weights > 0.5
-    whole_gain = spectrum.gain.quadratic(source)
+    # No direction that is not listed has a gain.
+    whole_gain, gain = (float(spectrum.eigenvalues @ c.square()) for c in coordinates)
     per_layer = space.layer_sums(kept.double()) if spectrum.complete else None
     norms = space.layer_sums(change.square()).sqrt()
     effective = spectrum.gain.counts.effective_sequences, spectrum.cost.counts.effective_sequences
@@ -194,7 +205,7 @@ def report(
         damping=spectrum.damping,
         directions=int(kept.sum()),
         directions_in_all=space.size,
-        gain_kept=spectrum.gain.quadratic(change) / (scale**2 * whole_gain) if whole_gain > 0 and scale else 0.0,
+        gain_kept=gain / (scale**2 * whole_gain) if whole_gain > 0 and scale else 0.0,
         predicted_kl=predicted_kl,
         predicted_kl_task_arithmetic=0.5 * spectrum.cost.quadratic(scale * source),
         predicted_gain=float(spectrum.gain.mean_score() @ change),
@@ -234,19 +245,19 @@ def _directions_given(rule: Rule, selection: Selection) -> bool:
 
 
 def _weights(
-    spectrum: Spectrum, source: Tensor, rule: Rule, scale: float, selection: Selection
+    spectrum: Spectrum, source: Tensor, coordinates: Tensor, rule: Rule, scale: float, selection: Selection
 ) -> tuple[Tensor, float | None]:
     """Return the weight of every direction (m,), and μ."""
     eigenvalues, dimension = spectrum.eigenvalues, spectrum.space.size
     if rule is Rule.PROJECT:
         if selection.budget is not None and not selection.counts_directions:
-            return _within_budget(spectrum, source, scale, selection.budget), None
+            return _within_budget(spectrum, source, coordinates, scale, selection.budget), None
         chosen = selection if selection.counts_directions else Selection(energy=DEFAULT_ENERGY)
-        return select(chosen, eigenvalues, spectrum.coordinates(source), dimension), None
-    mask = select(selection, eigenvalues, spectrum.coordinates(source), dimension)
+        return select(chosen, eigenvalues, coordinates, dimension), None
+    mask = select(selection, eigenvalues, coordinates, dimension)
     if selection.mu is not None:
         return mask * shrinkage(eigenvalues, selection.mu), selection.mu
-    mu = _mu_for(spectrum, source, mask, scale, selection)
+    mu = _mu_for(spectrum, source, coordinates, mask, scale, selection)
     return mask * shrinkage(eigenvalues, mu), mu
 
 
@@ -258,7 +269,9 @@ def _scale_for(spectrum: Spectrum, change: Tensor, budget: float) -> float:
     return math.sqrt(budget / cost)
 
 
-def _within_budget(spectrum: Spectrum, source: Tensor, scale: float, budget: float) -> Tensor:
+def _within_budget(
+    spectrum: Spectrum, source: Tensor, coordinates: Tensor, scale: float, budget: float
+) -> Tensor:
     """Keep the most efficient directions, the last of them in part, so that the predicted KL equals the budget."""
     rank = torch.empty_like(spectrum.eigenvalues)
     rank[efficiency_order(spectrum.eigenvalues)] = torch.arange(len(rank)).to(rank)
@@ -267,14 +280,17 @@ def _within_budget(spectrum: Spectrum, source: Tensor, scale: float, budget: flo
         return (position - rank).clamp(0.0, 1.0)
 
     def spent(position: float) -> float:
-        return 0.5 * spectrum.cost.quadratic(scale * spectrum.apply_filter(source, weights(position)))
+        filtered = spectrum.apply_filter(source, weights(position), coordinates=coordinates)
+        return 0.5 * spectrum.cost.quadratic(scale * filtered)
 
     if spent(len(rank)) <= budget:
         return torch.ones_like(rank)
     return weights(_bisect(spent, 0.0, float(len(rank)), budget))
 
 
-def _mu_for(spectrum: Spectrum, source: Tensor, mask: Tensor, scale: float, selection: Selection) -> float:
+def _mu_for(
+    spectrum: Spectrum, source: Tensor, coordinates: Tensor, mask: Tensor, scale: float, selection: Selection
+) -> float:
     """Return the smallest μ whose predicted KL at this scale stays within the budget."""
     positive = spectrum.eigenvalues[spectrum.eigenvalues > 0]
     if not len(positive):
@@ -283,7 +299,7 @@ def _mu_for(spectrum: Spectrum, source: Tensor, mask: Tensor, scale: float, sele
     def spent(strength: float) -> float:
         """Return the predicted KL at μ = exp(−strength): it rises with the strength."""
         weights = mask * shrinkage(spectrum.eigenvalues, math.exp(-strength))
-        return 0.5 * spectrum.cost.quadratic(scale * spectrum.apply_filter(source, weights))
+        return 0.5 * spectrum.cost.quadratic(scale * spectrum.apply_filter(source, weights, coordinates=coordinates))
 
     budget = selection.budget or 0.0
     if not selection.counts_directions and 0.5 * spectrum.cost.quadratic(scale * source) <= budget:

@@ -111,6 +111,7 @@ def refit_cores(
         spectrum,
         safety,
         change,
+        (spectrum.coordinates(safety), point),
         mask,
         Rule.REFIT,
         1.0 if start.report.scale is None else start.report.scale,
