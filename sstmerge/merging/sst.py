@@ -269,9 +269,7 @@ def _scale_for(spectrum: Spectrum, change: Tensor, budget: float) -> float:
     return math.sqrt(budget / cost)
 
 
-def _within_budget(
-    spectrum: Spectrum, source: Tensor, coordinates: Tensor, scale: float, budget: float
-) -> Tensor:
+def _within_budget(spectrum: Spectrum, source: Tensor, coordinates: Tensor, scale: float, budget: float) -> Tensor:
     """Keep the most efficient directions, the last of them in part, so that the predicted KL equals the budget."""
     rank = torch.empty_like(spectrum.eigenvalues)
     rank[efficiency_order(spectrum.eigenvalues)] = torch.arange(len(rank)).to(rank)
