@@ -211,6 +211,7 @@ def test_many_experts_runs_through_and_resumes(modules, model, data, tmp_path):
         counts=(2, 3),
         train=8,
         test=20,
+        test_in_all=33,
         methods=("task_arithmetic", "regmean"),
         epochs=1,
         resamples=20,
@@ -231,6 +232,11 @@ def test_many_experts_runs_through_and_resumes(modules, model, data, tmp_path):
             assert row[metric]["estimate"] == pytest.approx(max(row[metric]["by scale"].values()))
             assert set(row["by task"][metric]) == set(config.tasks[: row["experts"]])
         assert row[many.PLAIN]["estimate"] == pytest.approx(np.mean([*row["by task"][many.PLAIN].values()]))
+        answered = {2: 16, 3: 11}[row["experts"]]
+        right = [answered * accuracy for accuracy in row["by task"][many.PLAIN].values()]
+        assert right == pytest.approx(np.round(right))
     assert "| sst_experts | " in (tmp_path / "out" / "many_experts.md").read_text()
+    fewer = many.ManyExperts(bench, data, tmp_path, replace(config, counts=(2,))).rows(0)
+    assert fewer == {task: rows for task, rows in experiment.rows(0).items() if task in fewer}
     with pytest.raises(modules["many_experts"].DataError, match="4 experts need as many tasks, but 3"):
         many.ManyExperts(bench, data, tmp_path, replace(config, counts=(4,)))

@@ -15,7 +15,7 @@ import json
 import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +84,7 @@ class Config:
         train: Training examples of each task.
         fisher_rows: Training examples that an expert's Fishers see.
         test: Test examples of each task.
+        test_in_all: Test examples of all tasks together at most: of more experts each answers fewer.
         scales: Weights that all experts are given by methods that do not shrink.
         methods: Methods of the registry; None for all that need no roles.
         epochs: Passes of the training.
@@ -97,11 +98,16 @@ class Config:
     train: int = 320
     fisher_rows: int = 64
     test: int = 200
+    test_in_all: int = 2000
     scales: tuple[float, ...] = (0.1, 0.2, 0.4, 0.8, 1.2)
     methods: tuple[str, ...] | None = None
     epochs: int = 2
     learning_rate: float = 7e-4
     resamples: int = 2000
+
+    def tested(self, count: int) -> int:
+        """Return the number of test examples of each of so many tasks."""
+        return min(self.test, self.test_in_all // count)
 
 
 RIVALS = (
@@ -120,6 +126,7 @@ SHORT = Config(
     seeds=(0,),
     fisher_rows=32,
     test=48,
+    test_in_all=384,
     scales=(0.2, 0.4, 0.8, 1.2),
     methods=RIVALS,
     resamples=1000,
@@ -195,8 +202,8 @@ class ManyExperts:
         fishers = sum(config.counts) * config.fisher_rows
         training = 4 * per_row * (most * config.epochs * config.train + fishers)
         merges = sum(len(self.scales(name)) for name in self.names)
-        points = sum(count * (merges + 2) for count in config.counts)
-        return len(config.seeds) * (training + points * config.test * per_row)
+        answers = sum(count * config.tested(count) * (merges + 1) for count in config.counts) + most * config.test
+        return len(config.seeds) * (training + answers * per_row)
 
     def run(self) -> None:
         """Run every stage that is missing, and write the report."""
@@ -227,19 +234,21 @@ class ManyExperts:
             space = CoreSpace.of(list(adapters.values()))
             learned = {task: rows[task][0][: config.fisher_rows] for task in some}
             fishers = {t: bench.own_fisher(t, learned[t], STATISTICS, space, some, seed) for t in some}
-            measured = {task: tests[task] for task in some}
+            measured = {task: tests[task][: config.tested(count)] for task in some}
             found[count, BASE, 0.0] = self._point("base", space.zero, space, measured, {}, {})
             found[count, EXPERTS, 1.0] = {}
             for task in some:
                 alone = self._point(
                     f"expert {task}", partial(space.core, task), space, {task: tests[task]}, {task: some[task]}, {}
                 )
-                found[count, EXPERTS, 1.0] |= alone
+                found[count, EXPERTS, 1.0][task] = alone[task][: config.tested(count)]
             for name in self.names:
+                merge = _Merging(name, seed, adapters, fishers)
                 for scale in self.scales(name):
                     settings = {"method": name, "scale": scale, "seed": seed, "structure": STATISTICS}
-                    merged = partial(_merged, name, scale, seed, adapters, fishers)
-                    found[count, name, scale] = self._point(name, merged, space, measured, some, settings)
+                    found[count, name, scale] = self._point(
+                        name, partial(merge, scale), space, measured, some, settings
+                    )
         return found
 
     def _point(
@@ -339,23 +348,35 @@ def _cell(values: Mapping[str, Any], *, with_scale: bool) -> str:
     return f"{interval} ({values['best scale']:g})" if with_scale else str(interval)
 
 
-def _merged(
-    name: str,
-    scale: float,
-    seed: int,
-    adapters: Mapping[str, Adapter],
-    fishers: Mapping[str, Fisher],
-) -> Adapter:
-    average = name in AVERAGES
-    return merge_adapters(
-        list(adapters.values()),
-        [1.0 if average else scale] * len(adapters),
-        name,
-        statistics=FisherStatistics(fishers) if available_methods()[name].needs else None,
-        options={"scale": scale} if average else None,
-        dtype=torch.float32,
-        seed=seed,
-    )
+class _Merging:
+    """A method's merges at several scales."""
+
+    def __init__(self, name: str, seed: int, adapters: Mapping[str, Adapter], fishers: Mapping[str, Fisher]) -> None:
+        self._name, self._seed, self._adapters, self._fishers = name, seed, adapters, fishers
+
+    def __call__(self, scale: float) -> Adapter:
+        """Return the merge at a scale: of all experts' weights, or where that would cancel, of the result."""
+        if self._name not in (*AVERAGES, SST):
+            return self._at([scale] * len(self._adapters))
+        whole = self._whole
+        scaled = {path: replace(f, scaling=scale * f.scaling) for path, f in whole.layers.items()}
+        return replace(whole, layers=scaled)
+
+    @cached_property
+    def _whole(self) -> Adapter:
+        """The merge by Fishers at scale 1: its solution takes longer than the model's answers."""
+        return self._at([1.0] * len(self._adapters))
+
+    def _at(self, weights: list[float]) -> Adapter:
+        needs = available_methods()[self._name].needs
+        return merge_adapters(
+            list(self._adapters.values()),
+            weights,
+            self._name,
+            statistics=FisherStatistics(self._fishers) if needs else None,
+            dtype=torch.float32,
+            seed=self._seed,
+        )
 
 
 def _short(examples: list[Example]) -> list[Example]:
