@@ -150,15 +150,17 @@ def test_two_experts_are_two_filters(spectra, rule, structure):
     assert reports["y"].scale == 0.5
 
 
-def test_three_experts_cost_the_sum_of_the_others(model, space, spectra):
+@pytest.mark.parametrize("names", ["xyz", "vwxyz"])
+def test_experts_cost_the_sum_of_the_others(model, space, spectra, names):
     utility, safety = points(spectra["block"])
-    parts = [rows(HARM, slice(i * 13, (i + 1) * 13)) for i in range(3)]
-    fishers = {n: collect_fisher(model, [p], space, structure="block") for n, p in zip("xyz", parts, strict=True)}
-    experts = {"x": utility, "y": safety, "z": utility - safety}
+    rows_each = 39 // len(names)
+    parts = {n: rows(HARM, slice(i * rows_each, (i + 1) * rows_each)) for i, n in enumerate(names)}
+    fishers = {n: collect_fisher(model, [part], space, structure="block") for n, part in parts.items()}
+    experts = {n: utility - i * safety for i, n in enumerate(names)}
     merged, _ = merge_experts(fishers, experts, rule=Rule.WIENER, selection=Selection(mu=1.0))
     expected = torch.zeros_like(merged)
     for name, core in experts.items():
-        others = [p for n, p in zip("xyz", parts, strict=True) if n != name]
+        others = [part for n, part in parts.items() if n != name]
         cost = collect_fisher(model, others, space, structure="block")
         spectrum = solve(fishers[name], cost)
         expected += spectrum.apply_filter(core, spectrum.eigenvalues / (spectrum.eigenvalues + 1.0))

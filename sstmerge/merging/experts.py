@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import reduce
+from itertools import repeat
 from operator import add
 
 from torch import Tensor
@@ -101,9 +102,20 @@ def expert_spectra(
         InputError: The Fishers were taken at several points that are not their own experts.
     """
     comparable = _at_one_reference(fishers)
-    for name, gain in comparable.items():
-        cost = pooled_cost or reduce(add, (fisher for other, fisher in comparable.items() if other != name))
+    costs = repeat(pooled_cost) if pooled_cost else _sums_of_the_others(list(comparable.values()))
+    for (name, gain), cost in zip(comparable.items(), costs, strict=False):
         yield name, solve(gain, cost, damping=damping)
+
+
+def _sums_of_the_others(fishers: Sequence[Fisher], outside: tuple[Fisher, ...] = ()) -> Iterator[Fisher]:
+    """Yield for each Fisher the sum of all others, in T log T additions and with log T sums in memory."""
+    if len(fishers) == 1:
+        yield reduce(add, outside)
+        return
+    middle = len(fishers) // 2
+    halves = fishers[:middle], fishers[middle:]
+    for own, others in (halves, halves[::-1]):
+        yield from _sums_of_the_others(own, (reduce(add, (*outside, *others)),))
 
 
 def _at_one_reference(fishers: Mapping[str, Fisher]) -> Mapping[str, Fisher]:
