@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import signal
+import threading
 import time
 from contextlib import suppress
 from itertools import count
@@ -30,7 +31,7 @@ from sstmerge.fisher.partial_sums import (
     most_leaves,
 )
 from sstmerge.fisher.structures import Structure
-from sstmerge.pipeline import answers
+from sstmerge.pipeline import answers, run
 from sstmerge.pipeline.run import opened_run
 
 
@@ -353,3 +354,28 @@ def test_large_sums_are_few_in_memory():
         most = max(most, len(tree.nodes) + 1)  # and the one that is being collected
         tree.add((0, leaf), Part({"s": torch.ones(1)}, Counts.zero()))
     assert most == MOST_LARGE_SUMS
+
+
+def test_processes_that_end_at_once_may_clear_one_folder_together(tmp_path):
+    folder, barrier, failures = tmp_path / "f.safetensors.checkpoint", threading.Barrier(2), []
+
+    def clear(first: bool) -> None:
+        for _ in range(100):
+            if first:
+                for number in range(5):
+                    (folder / f"Fisher-{number}").mkdir(parents=True)
+                    (folder / f"Fisher-{number}" / "start-0001-process-0000.safetensors").touch()
+            barrier.wait()
+            try:
+                run._clear(folder)
+            except OSError as error:
+                failures.append(error)
+            barrier.wait()
+
+    threads = [threading.Thread(target=clear, args=(first,)) for first in (True, False)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+    assert not folder.exists()

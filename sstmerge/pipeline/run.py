@@ -142,7 +142,7 @@ def _kept_bases(path: Path) -> dict[str, Tensor]:
 
 
 def _holds_work(folder: Path) -> bool:
-    names = [path.name for path in folder.rglob("*") if path.is_file()]
+    names = [path.name for path in _below(folder) if path.is_file()]
     return any(_OURS.fullmatch(name) and not name.startswith(("space-", ".")) for name in names)
 
 
@@ -203,9 +203,14 @@ def _lock(folder: Path, out: Path) -> int:
             ) from error
 
 
+def _below(folder: Path) -> list[Path]:
+    """Return all that lies in a folder, contents before what contains them; other processes may be removing it."""
+    return [Path(at) / name for at, folders, files in os.walk(folder, topdown=False) for name in (*files, *folders)]
+
+
 def _clear(folder: Path) -> None:
     """Remove all that runs have left in a folder, and nothing else."""
-    for path in sorted(folder.rglob("*"), reverse=True):
+    for path in _below(folder):
         if path.is_dir():
             with suppress(OSError):  # something else is in it
                 path.rmdir()
@@ -217,7 +222,7 @@ def _clear(folder: Path) -> None:
 
 
 def _remove_if_empty(folder: Path) -> None:
-    for path in sorted(folder.rglob("*"), reverse=True):
+    for path in _below(folder):
         if path.is_dir():
             with suppress(OSError):
                 path.rmdir()
