@@ -69,6 +69,50 @@ def test_cores_from_recorded_bases_are_those_of_the_gram_matrices(space):
                 assert relative_error(core, projected) < 1e-6
 
 
+def ill_conditioned(adapter, by):
+    """The same weight changes from factors whose columns are nearly parallel."""
+    layers = {}
+    for path, f in adapter.layers.items():
+        mixing = torch.eye(f.rank, dtype=torch.float64) * by + 1.0
+        B = f.B.double() @ mixing
+        layers[path] = LoraFactors(A=torch.linalg.solve(mixing, f.A.double()), B=B, scaling=f.scaling)
+    return Adapter(adapter.name, layers)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_factors_are_computed_in_float32_where_that_cannot_be_seen(monkeypatch, model, space, dtype):
+    used = []
+    combine = stacks.FactorStack.combine
+
+    def noted(stack, weights, dtype, *, rows=False, working):
+        used.append(working)
+        return combine(stack, weights, dtype, rows=rows, working=working)
+
+    monkeypatch.setattr(stacks.FactorStack, "combine", noted)
+    point = space.core("utility") - 0.7 * space.core("safety")
+    written = space.to_adapter(point, name="w", dtype=dtype)
+    assert set(used) == {torch.float32}
+    exact = space.to_adapter(point, name="e", dtype=torch.float64)
+    assert used[-1] is torch.float64
+    for path, factors in exact.layers.items():
+        for found, expected in ((written.layers[path].A, factors.A), (written.layers[path].B, factors.B)):
+            # No further off than rounding alone, which half a unit in the last place bounds, and a quarter of that.
+            error = (found.double() - expected).norm()
+            rounding = (expected.to(dtype).double() - expected).norm()
+            assert error < 1.25 * rounding
+    used.clear()
+    hard = CoreSpace.of([ill_conditioned(a, 1e-5) for a in space.adapters])
+    hard.to_adapter(hard.core("utility"), name="h", dtype=dtype)
+    assert torch.float64 in used
+    used.clear()
+    torch.set_float32_matmul_precision("high")
+    try:
+        space.to_adapter(point, name="t", dtype=dtype)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert set(used) == {torch.float64}
+
+
 def test_a_singular_recorded_basis_is_damage(space):
     tensors = {name: tensor.clone() for name, tensor in space.basis_tensors().items()}
     tensors["basis.input.0"][0, 0] = 0.0

@@ -93,6 +93,18 @@ class LayerGroup:
             offset += rank
         return self.scaling.new_zeros(self.core_shape)
 
+    def in_outputs(self, columns: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return U C for columns C (L, R_o, k), float64: the factor B of a merged layer, shape (L, d_out, k)."""
+        weights = self.output_transform @ columns
+        working = _working_dtype(self._stack_in_U, weights, columns, dtype)
+        return self.outputs.combine(weights, dtype, working=working)
+
+    def in_inputs(self, columns: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return (V C)ᵀ for columns C (L, R_i, k), float64: the factor A of a merged layer, shape (L, k, d_in)."""
+        weights = self.input_transform @ columns
+        working = _working_dtype(self._stack_in_V, weights, columns, dtype)
+        return self.inputs.combine(weights, dtype, rows=True, working=working)
+
     @cached_property
     def _stack_in_U(self) -> Tensor:
         """Uᵀ [B_1 … B_T], shape (L, R_o, Σr), float64."""
@@ -122,6 +134,28 @@ class LayerGroup:
                 f"The recorded basis of layer '{name}' is singular: the file is damaged; collect the statistics anew."
             )
         return inverse
+
+
+def _working_dtype(stack: Tensor, weights: Tensor, columns: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """Return float32 where its rounding is hidden by that of the result, or float64.
+
+    In a product S W of n = Σr terms, a column in float32 is off by 4 √n u ‖S‖ ‖w‖ at most, u = 2⁻²⁴, but for bad luck
+    (Higham & Mary 2019, https://doi.org/10.1137/18M1226312); ill-conditioned factors have ‖S‖ ‖w‖ far above the result's
+    norm. A quarter of what rounding the result costs is allowed.
+
+    Args:
+        stack: S in its basis, shape (L, R, Σr): its norm is that of S.
+        weights: W = T C, shape (L, Σr, k).
+        columns: C, shape (L, R, k): its columns have the norms of the result's.
+        dtype: Dtype of the result.
+    """
+    # Users may have allowed products of float32 to be less than that.
+    if dtype not in (torch.bfloat16, torch.float16) or torch.get_float32_matmul_precision() != "highest":
+        return torch.float64
+    norms = columns.norm(dim=1)
+    lost = 4 * stack.shape[2] ** 0.5 * 2.0**-24 * stack.norm(dim=(1, 2))[:, None] * weights.norm(dim=1)
+    hidden = bool((lost <= torch.finfo(dtype).eps / 8 * norms).all())
+    return torch.float32 if hidden else torch.float64
 
 
 def stack_group(adapters: Sequence[Adapter], members: Members, names: Sequence[str]) -> Stacked:

@@ -184,9 +184,12 @@ class CoreSpace:
             # Layers of lower rank are padded with zeros.
             root = _pad(values[:, None, :rank].sqrt(), rank)
             left, right = _pad(left[:, :, :rank], rank) * root, _pad(right[:, :rank].mT, rank) * root
-            B = group.outputs.combine(group.output_transform @ left, dtype)
-            A = group.inputs.combine(group.input_transform @ right, dtype, rows=True)
-            pairs = zip(group.names, A.unbind(), B.unbind(), strict=True)
+            pairs = zip(
+                group.names,
+                group.in_inputs(right, dtype).unbind(),
+                group.in_outputs(left, dtype).unbind(),
+                strict=True,
+            )
             layers |= {path: LoraFactors(A=a, B=b, scaling=1.0) for path, a, b in pairs}
         ordered = {path: layers[path] for path in sorted(layers, key=natural_order)}
         bases = [adapter.base_model for adapter in self.adapters if adapter.base_model]
