@@ -163,8 +163,7 @@ def draw(results: Results) -> Figure:
     ):
         for index, name in enumerate(results.names):
             curve = results.curve(results.samples, index, what)
-            style = "-" if name.startswith("sst") else ":" if name.startswith("control") else "--"
-            axis.plot(curve.safety, curve.utility, style, marker="o", markersize=3, label=name)
+            axis.plot(curve.safety, curve.utility, marker="o", markersize=3, **_look(name, results.primary))
         for name, arrays in results.experts.items():
             safety = float(arrays["refused harmful"].mean())
             other = results.utility_of(arrays) if what == UTILITY else 1 - arrays["refused borderline"].mean()
@@ -172,8 +171,27 @@ def draw(results: Results) -> Figure:
             axis.annotate(name, (safety, float(other)), textcoords="offset points", xytext=(5, 5))
         axis.set(xlabel="harmful prompts refused", ylabel=label, xlim=(-0.03, 1.03), ylim=(-0.03, 1.03))
         axis.grid(alpha=0.3)
-    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=7)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    each_once = dict(zip(labels, handles, strict=True))
+    figure.legend(each_once.values(), each_once.keys(), loc="outside right center", fontsize=8)
     return figure
+
+
+def _look(name: str, primary: Sequence[str]) -> dict[str, Any]:
+    """Return how a method's curve is drawn: the SST that was chosen beforehand and the rivals stand out."""
+    if name in primary:
+        return {"linestyle": "-", "linewidth": 2.5, "label": name, "zorder": 3}
+    if name.startswith("control"):
+        return {"linestyle": ":", "color": "0.5", "label": "controls"}
+    if name.startswith("sst"):
+        return {
+            "linestyle": "-",
+            "linewidth": 0.8,
+            "color": "0.75",
+            "label": "sst, other structures and rules",
+            "zorder": 1,
+        }
+    return {"linestyle": "--", "label": name}
 
 
 def write_report(results: Results, folder: Path, manifest: Mapping[str, Any], *, resamples: int, seed: int) -> None:
