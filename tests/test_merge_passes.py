@@ -60,7 +60,7 @@ def test_a_merge_with_fishers_at_hand_never_forms_the_bases(model, space):
     assert "U" in vars(rebuilt.groups[0])
 
 
-def test_cores_from_recorded_bases_are_those_of_the_gram_matrices(space):
+def test_cores_are_projections_onto_the_bases(space):
     for group in space.groups:
         for index, adapter in enumerate(space.adapters):
             for core, name in zip(group.core(index), group.names, strict=True):
@@ -69,18 +69,18 @@ def test_cores_from_recorded_bases_are_those_of_the_gram_matrices(space):
                 assert relative_error(core, projected) < 1e-6
 
 
-def ill_conditioned(adapter, by):
+def ill_conditioned(adapter):
     """The same weight changes from factors whose columns are nearly parallel."""
     layers = {}
     for path, f in adapter.layers.items():
-        mixing = torch.eye(f.rank, dtype=torch.float64) * by + 1.0
+        mixing = torch.eye(f.rank, dtype=torch.float64) * 1e-5 + 1.0
         B = f.B.double() @ mixing
         layers[path] = LoraFactors(A=torch.linalg.solve(mixing, f.A.double()), B=B, scaling=f.scaling)
     return Adapter(adapter.name, layers)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_factors_are_computed_in_float32_where_that_cannot_be_seen(monkeypatch, model, space, dtype):
+def test_factors_are_computed_in_float32_where_that_cannot_be_seen(monkeypatch, space, dtype):
     used = []
     combine = stacks.FactorStack.combine
 
@@ -96,12 +96,12 @@ def test_factors_are_computed_in_float32_where_that_cannot_be_seen(monkeypatch, 
     assert used[-1] is torch.float64
     for path, factors in exact.layers.items():
         for found, expected in ((written.layers[path].A, factors.A), (written.layers[path].B, factors.B)):
-            # No further off than rounding alone, which half a unit in the last place bounds, and a quarter of that.
+            # Rounding alone, and a quarter of that.
             error = (found.double() - expected).norm()
             rounding = (expected.to(dtype).double() - expected).norm()
             assert error < 1.25 * rounding
     used.clear()
-    hard = CoreSpace.of([ill_conditioned(a, 1e-5) for a in space.adapters])
+    hard = CoreSpace.of([ill_conditioned(a) for a in space.adapters])
     hard.to_adapter(hard.core("utility"), name="h", dtype=dtype)
     assert torch.float64 in used
     used.clear()

@@ -355,7 +355,7 @@ class _Merging:
         self._name, self._seed, self._adapters, self._fishers = name, seed, adapters, fishers
 
     def __call__(self, scale: float) -> Adapter:
-        """Return the merge at a scale: of all experts' weights, or where that would cancel, of the result."""
+        """Return the merge at a scale: of all experts' weights, or for merges by Fishers of their result."""
         if self._name not in (*AVERAGES, SST):
             return self._at([scale] * len(self._adapters))
         whole = self._whole
@@ -364,7 +364,7 @@ class _Merging:
 
     @cached_property
     def _whole(self) -> Adapter:
-        """The merge by Fishers at scale 1: its solution takes longer than the model's answers."""
+        """The merge by Fishers at scale 1, solved once: that takes longer than the model's answers."""
         return self._at([1.0] * len(self._adapters))
 
     def _at(self, weights: list[float]) -> Adapter:

@@ -387,8 +387,8 @@ METHODS: tuple[Method, ...] = (
             "The many-expert form of SST: what each adapter gains on its own data, against what it costs the others on "
             "theirs. Of two adapters, with μ = 1, it is Fisher merging; of more it is not, because each has its weight and "
             "the cost is a mean. Takes Fishers of any structure but 'ekfac' (whose eigenbases differ), each collected at "
-            "its own adapter (--reference NAME) with sampled labels. Filters shrink: weights of 1.5 (four adapters) and 2 "
-            "(eight) were best in experiment B."
+            "its own adapter (--reference NAME) with sampled labels. Filters shrink: of 4, 8, 14 and 20 adapters "
+            "weights of 1.5, 2, 1 and 1.5 were best in experiment B."
         ),
     ),
     Method(
