@@ -2,8 +2,8 @@
 
 The bases are the singular vectors of the stacked weight changes [ΔW_1 … ΔW_T], each scaled to unit Frobenius norm, found
 from small Gram matrices in float64: nothing of size d_out x d_in is formed. The bases themselves are formed only where the
-model's activations are projected; cores and merged factors come from the transforms (cores also from the Gram matrices, where
-factors depend on each other).
+model's activations are projected; cores and merged factors come from the transforms (cores also from the Gram matrices,
+where factors depend on each other).
 """
 
 from __future__ import annotations
