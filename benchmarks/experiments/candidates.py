@@ -26,6 +26,9 @@ STRICT_WIENER = 10.0
 REFUSAL_WEIGHT = 4.0
 REFUSALS = "kfac, refusals"
 MASK = "fisher_ratio_mask"
+# The path of `joint` is its μ. Where every direction has a gain, it has come near the adapters at scale 1 already; in
+# `block` and `global` most directions have none, and it gets no further than they do.
+EARLY = {"kfac": 0.5, "ekfac": 0.5, "diagonal": 0.5}
 # What refuses benign prompts is most of the adapter, so little of it is left at scale 1: the units of the two sweeps, by μ.
 REFUSALS_STRETCH = {STRICT_WIENER: 8.0, 30.0: 20.0}
 # The exact sum, written in other ways, and what needs an aligned full model, which an adapter is not.
@@ -68,7 +71,7 @@ def candidates(methods: Sequence[str] | None, structures: Sequence[str], rules: 
     chosen = [name for name in runnable if methods is None or name in methods]
     listed = [Candidate(name, "method", {"method": name}) for name in chosen]
     listed += [
-        Candidate(f"sst {structure} {rule}", "sst", {"structure": structure, "rule": rule})
+        Candidate(f"sst {structure} {rule}", "sst", {"structure": structure, "rule": rule}, _stretch(structure, rule))
         for structure in structures
         for rule in rules
     ]
@@ -90,6 +93,11 @@ def candidates(methods: Sequence[str] | None, structures: Sequence[str], rules: 
         Candidate("control: permuted labels", "control", {"structure": first, "control": "permuted"}),
     ]
     return listed
+
+
+def _stretch(structure: str, rule: str) -> float:
+    """Return the unit of a sweep."""
+    return EARLY.get(structure, 1.0) if rule == "joint" else 1.0
 
 
 def primary(listed: Sequence[Candidate]) -> tuple[str, ...]:
