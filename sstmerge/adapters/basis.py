@@ -15,6 +15,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from sstmerge import batched_lu
 from sstmerge.adapters.adapter import Adapter, natural_order
 from sstmerge.adapters.stacks import FactorStack
 from sstmerge.errors import AdapterError
@@ -127,8 +128,7 @@ class LayerGroup:
         """
         if transform.shape[1] != transform.shape[2]:
             return transform.mT @ stack.gram
-        inverse: Tensor
-        inverse, info = torch.linalg.inv_ex(transform)
+        inverse, info = batched_lu.inverse(transform)
         if bool(info.any()):
             name = self.names[int(info.nonzero()[0])]
             raise AdapterError(

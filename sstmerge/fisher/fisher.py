@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from sstmerge import batched_lu
 from sstmerge.adapters import Adapter, CoreSpace
 from sstmerge.atomic import atomic_file
 from sstmerge.errors import FisherError
@@ -180,7 +181,7 @@ class Fisher:
             return sum(float((v.mT @ block @ v).sum()) for v, block in zip(flat, self.blocks(), strict=True))
         basis = self.kronecker_basis()
         coordinates = [
-            torch.linalg.solve(Q, torch.linalg.solve(P, core.mT).mT)
+            batched_lu.solve(Q, batched_lu.solve(P, core.mT).mT)
             for core, P, Q in zip(cores, basis.P, basis.Q, strict=True)
         ]
         return float((self.diagonal() * self.space.join(coordinates).square()).sum())

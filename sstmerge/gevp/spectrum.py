@@ -20,6 +20,7 @@ from typing import get_args
 import torch
 from torch import Tensor
 
+from sstmerge import batched_lu
 from sstmerge.adapters import CoreSpace
 from sstmerge.errors import FisherError, InputError, SolverError
 from sstmerge.fisher import Fisher, KroneckerBasis, Structure
@@ -185,7 +186,7 @@ class EigenvalueCorrectedSpectrum(Spectrum):
 
     def coordinates(self, vector: Tensor) -> Tensor:  # noqa: D102 (inherited)
         cores = zip(self.space.split(vector), self._basis.P, self._basis.Q, strict=True)
-        rotated = [torch.linalg.solve(Q, torch.linalg.solve(P, core.mT).mT) for core, P, Q in cores]
+        rotated = [batched_lu.solve(Q, batched_lu.solve(P, core.mT).mT) for core, P, Q in cores]
         return self._root * self.space.join(rotated)
 
     def combine(self, coordinates: Tensor) -> Tensor:  # noqa: D102 (inherited)

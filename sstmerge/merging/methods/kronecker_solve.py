@@ -56,36 +56,46 @@ def solve_kronecker_sum(system: KroneckerSum, cores: Tensor, names: Sequence[str
         SolverError: The operator is singular, or the residual does not get there.
     """
     X, D = _factor(system.X, names), _factor(system.D, names)
-
-    def precondition(residual: Tensor) -> Tensor:
-        left = torch.cholesky_solve(residual, D)
-        lifted: Tensor = torch.cholesky_solve(left.mT, X).mT
-        return lifted
-
     right = system(cores)
     target = TOLERANCE * right.flatten(1).norm(dim=1)
-    solution = precondition(right)
+    solution = _precondition(right, X, D)
     residual = right - system(solution)
     direction = torch.zeros_like(residual)
     previous = torch.ones(len(residual), dtype=residual.dtype)
+    # The state of the layers that are not done, and their positions: some take ten times the steps of others.
+    open_layers = torch.arange(len(residual))
+    finished = solution.clone()
     for _ in range(STEPS):
         active = residual.flatten(1).norm(dim=1) > target
-        if not bool(active.any()):
-            return solution
-        lifted = precondition(residual)
+        if not bool(active.all()):
+            finished[open_layers] = solution
+            if not bool(active.any()):
+                return finished
+            open_layers, X, D, target = open_layers[active], X[active], D[active], target[active]
+            system = KroneckerSum(system.X[:, active], system.D[:, active])
+            solution, residual = solution[active], residual[active]
+            direction, previous = direction[active], previous[active]
+        lifted = _precondition(residual, X, D)
         energy = _inner(lifted, residual)
         direction = lifted + (energy / previous)[:, None, None] * direction
         image = system(direction)
-        # Layers that are done keep their solution; their step would be 0 / 0.
-        step = torch.where(active, energy / _inner(direction, image).where(active, 1.0), 0.0)
+        step = energy / _inner(direction, image)
         solution = solution + step[:, None, None] * direction
         residual = residual - step[:, None, None] * image
-        previous = energy.where(active, 1.0)
+        previous = energy
     worst = int((residual.flatten(1).norm(dim=1) / target.clamp_min(torch.finfo(target.dtype).tiny)).argmax())
+    name = names[int(open_layers[worst])]
     raise SolverError(
-        f"Conjugate gradients did not solve the Fisher average of layer '{names[worst]}' in {STEPS} steps: its Fishers are "
+        f"Conjugate gradients did not solve the Fisher average of layer '{name}' in {STEPS} steps: its Fishers are "
         "too badly conditioned. Raise the damping."
     )
+
+
+def _precondition(residual: Tensor, X: Tensor, D: Tensor) -> Tensor:
+    """Apply ((Σ_t D_t) ⊗ (Σ_t X_t))⁻¹, of which X and D are the Cholesky factors."""
+    left = torch.cholesky_solve(residual, D)
+    lifted: Tensor = torch.cholesky_solve(left.mT, X).mT
+    return lifted
 
 
 def _inner(a: Tensor, b: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from sstmerge import batched_lu
 from sstmerge.adapters import CoreSpace
 from sstmerge.errors import FisherError, InputError
 from sstmerge.fisher import Fisher, Structure
@@ -244,7 +245,8 @@ def core_diagonal(fisher: Fisher) -> Tensor:
     basis = fisher.kronecker_basis()
     rotated = zip(space.split(fisher.diagonal()), basis.Q, basis.P, strict=True)
     # Coordinates are Q⁻¹ C P⁻ᵀ, so an entry (a, b) of C enters (k, l) with the factor (Q⁻¹)_ka (P⁻¹)_lb.
-    return space.join([torch.linalg.inv(Q).square().mT @ part @ torch.linalg.inv(P).square() for part, Q, P in rotated])
+    inverses = [(part, batched_lu.inverse(Q)[0], batched_lu.inverse(P)[0]) for part, Q, P in rotated]
+    return space.join([left.square().mT @ part @ right.square() for part, left, right in inverses])
 
 
 def as_diagonal(fisher: Fisher) -> Fisher:
