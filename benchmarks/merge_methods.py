@@ -91,8 +91,7 @@ class Ours:
 
     @staticmethod
     def _roles(space: CoreSpace, names: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        utility = sum((space.core(name) for name in names[:-1]), space.zero())
-        return utility, space.core(names[-1])
+        return space.combination(dict.fromkeys(names[:-1], 1.0)), space.core(names[-1])
 
 
 def measured(call: Callable[[], object], device: torch.device, after: Callable[[], None] | None) -> Times:

@@ -96,7 +96,7 @@ def once(work: Workload, structure: str) -> dict[str, float]:
 
     def fresh_space() -> tuple[CoreSpace, torch.Tensor, torch.Tensor]:
         space = CoreSpace.of(work.adapters)
-        utility = sum((space.core(name) for name in names[:-1]), space.zero())
+        utility = space.combination(dict.fromkeys(names[:-1], 1.0))
         for group in space.groups:  # which calibration would form otherwise
             _ = group.U, group.V
         return space, utility, space.core(names[-1])

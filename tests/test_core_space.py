@@ -195,6 +195,18 @@ def test_layer_sums_follow_layer_names(model):
         assert norms[path] == pytest.approx(float(delta.norm()), rel=1e-6)
 
 
+def test_combination_is_the_weighted_sum(model):
+    adapters = some_adapters(model, 4)
+    space = CoreSpace.of(adapters)
+    mix = {adapters[3].name: 0.1, adapters[0].name: -1.5, adapters[2].name: 2.0}
+    expected = sum(weight * space.core(name) for name, weight in mix.items())
+    assert relative_error(space.combination(mix), expected) < 1e-14
+    assert torch.equal(space.combination({adapters[1].name: 1.0}), space.core(adapters[1].name))
+    assert torch.equal(space.combination({}), space.zero())
+    with pytest.raises(InputError, match="nobody"):
+        space.combination({"nobody": 1.0})
+
+
 def test_unknown_adapter(model):
     with pytest.raises(InputError, match=r"\['a'\], but not 'b'"):
         CoreSpace.of([random_adapter(model, "a")]).core("b")

@@ -8,7 +8,7 @@ where factors depend on each other).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -74,26 +74,29 @@ class LayerGroup:
         layers, rows, columns = self.core_shape
         return layers * rows * columns
 
-    def core(self, adapter: int) -> Tensor:
-        """Return the cores C = s (Uᵀ B)(A V) of an adapter.
+    def core(self, weights: Mapping[int, float]) -> Tensor:
+        """Return the cores Σ_t w_t C_t, with C_t = s_t (Uᵀ B_t)(A_t V), in one product.
 
         Args:
-            adapter: Index of the adapter.
+            weights: w by index of the adapter; those that are left out do not count.
 
         Returns:
-            Shape (L, R_o, R_i), float64; zero for an adapter that has no part in the group.
+            Shape (L, R_o, R_i), float64; zero where no adapter has a part in the group.
 
         Raises:
             AdapterError: The basis was read from a damaged file.
         """
-        offset = 0
+        spans, factors, offset = [], [], 0
         for t, (member, rank) in enumerate(self.members):
-            if member == adapter:
-                block = slice(offset, offset + rank)
-                left = self.scaling[:, t, None, None] * self._stack_in_U[:, :, block]
-                return left @ self._stack_in_V[:, :, block].mT
+            if member in weights:
+                spans.append(torch.arange(offset, offset + rank, device=self.scaling.device))
+                factors.append((weights[member] * self.scaling[:, t, None]).expand(-1, rank))
             offset += rank
-        return self.scaling.new_zeros(self.core_shape)
+        if not spans:
+            return self.scaling.new_zeros(self.core_shape)
+        columns = torch.cat(spans)
+        left = torch.cat(factors, dim=1)[:, None, :] * self._stack_in_U[:, :, columns]
+        return left @ self._stack_in_V[:, :, columns].mT
 
     def in_outputs(self, columns: Tensor, dtype: torch.dtype) -> Tensor:
         """Return U C for columns C (L, R_o, k), float64: the factor B of a merged layer, shape (L, d_out, k)."""

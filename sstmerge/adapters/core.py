@@ -93,12 +93,27 @@ class CoreSpace:
             InputError: If the space has no adapter of that name.
         """
         if name not in self._cores:
-            by_name = {adapter.name: adapter for adapter in self.adapters}
-            if name not in by_name:
-                raise InputError(f"The space holds the adapters {sorted(by_name)}, but not '{name}'.")
-            index = self.adapters.index(by_name[name])
-            self._cores[name] = torch.cat([group.core(index).reshape(-1) for group in self.groups])
+            self._cores[name] = self.combination({name: 1.0})
         return self._cores[name].clone()
+
+    def combination(self, weights: Mapping[str, float]) -> Tensor:
+        """Return the coordinates of a weighted sum of adapters, without those of each.
+
+        Args:
+            weights: Weight of every adapter that has a part, by name.
+
+        Returns:
+            Σ_t w_t C_t as flat cores, shape (D,), float64; zero without adapters.
+
+        Raises:
+            InputError: If the space has no adapter of a name.
+        """
+        positions = {adapter.name: position for position, adapter in enumerate(self.adapters)}
+        for name in weights:
+            if name not in positions:
+                raise InputError(f"The space holds the adapters {sorted(positions)}, but not '{name}'.")
+        by_position = {positions[name]: weight for name, weight in weights.items()}
+        return torch.cat([group.core(by_position).reshape(-1) for group in self.groups])
 
     def zero(self) -> Tensor:
         """Return the coordinates of the base model, shape (D,), float64."""

@@ -41,11 +41,11 @@ def reference_points(reference: str, space: CoreSpace) -> list[Tensor]:
 
 def _weighted_sum(text: str, space: CoreSpace) -> Tensor:
     names = {adapter.name for adapter in space.adapters}
-    total = space.zero()
     if text == BASE:
-        return total
+        return space.zero()
     if text in names:  # before parsing, since a name may hold '+' or '*'
         return space.core(text)
+    weights: dict[str, float] = {}
     for term in text.split("+"):
         match = _TERM.fullmatch(term.strip())
         if match is None or match["name"] not in names | {BASE}:
@@ -54,5 +54,5 @@ def _weighted_sum(text: str, space: CoreSpace) -> Tensor:
                 f"is none of the adapters {sorted(names)}."
             )
         if match["name"] != BASE:
-            total += float(match["weight"] or 1.0) * space.core(match["name"])
-    return total
+            weights[match["name"]] = weights.get(match["name"], 0.0) + float(match["weight"] or 1.0)
+    return space.combination(weights)

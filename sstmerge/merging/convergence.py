@@ -24,7 +24,7 @@ Step = Callable[[Spectrum], Tensor]
 def adapters_sum(spectrum: Spectrum) -> Tensor:
     """Return the sum of all adapters, (D,): the step where nothing is selected."""
     space = spectrum.space
-    return sum((space.core(adapter.name) for adapter in space.adapters), space.zero())
+    return space.combination({adapter.name: 1.0 for adapter in space.adapters})
 
 
 def pair_look(

@@ -117,9 +117,11 @@ def _sst(
             f"The gain Fisher was collected for other adapters than {missing}: their numbers differ from those in the "
             "model. Collect it for these very adapters, in this dtype."
         )
-    utility = space.zero()
+    weights: dict[str, float] = {}  # one per adapter, which PEFT may hold under several names
     for adapter, weight in zip(adapters[:-1], request.weights[:-1], strict=True):
-        utility += weight * space.core(known[adapter.fingerprint])
+        name = known[adapter.fingerprint]
+        weights[name] = weights.get(name, 0.0) + weight
+    utility = space.combination(weights)
     safety = space.core(known[adapters[-1].fingerprint])
     last = request.weights[-1]
     roles = Roles(space, utility, safety, reference="")

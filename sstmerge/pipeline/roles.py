@@ -109,9 +109,7 @@ def roles_in(space: CoreSpace, utilities: Sequence[str], safety: str, weights: S
     weights = [1.0] * len(utilities) if weights is None else list(weights)
     if len(weights) != len(utilities):
         raise InputError(f"Expected one weight per utility adapter ({len(utilities)}), but got {len(weights)}.")
-    total = space.zero()
-    for weight, name in zip(weights, utilities, strict=True):
-        total += weight * space.core(name)
+    total = space.combination(dict(zip(utilities, weights, strict=True)))
     terms = [n if w == 1.0 else f"{w!r}*{n}" for w, n in zip(weights, utilities, strict=True)]
     return Roles(space, total, space.core(safety), "+".join(terms) or "base")
 

@@ -95,10 +95,8 @@ class Eigenspace:
         """With G Gᵀ = A Λ Aᵀ, the eigenvectors of GᵀG are Gᵀ a_i / √λ_i: P c = Σ_i Gᵀ a_i (a_iᵀ G c) / λ_i."""
         scores, space = self.fisher.scores().double(), self.fisher.space
         # The eigenvectors span all layers, so their product with the utility adapters needs all layers too.
-        utility = space.zero()
-        for index, (name, weight) in enumerate(zip(batch.adapters, batch.weights.tolist(), strict=True)):
-            if index != batch.safety:
-                utility += weight * space.core(name)
+        named = enumerate(zip(batch.adapters, batch.weights.tolist(), strict=True))
+        utility = space.combination({name: weight for index, (name, weight) in named if index != batch.safety})
         chosen = self._vectors[0][0][:, :directions]
         weights = chosen @ ((chosen.mT @ (scores @ utility)) / self.values[:directions])
         return (weights[:, None, None, None] * space.split(scores)[batch.group]).sum(dim=0)
