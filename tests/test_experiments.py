@@ -65,7 +65,7 @@ def tiny(modules):
         scales=(0.5, 1.5),
         methods=("task_arithmetic", "regmean", "fisher_ratio_mask"),
         structures=("global", "kfac"),
-        rules=("project", "wiener", "joint"),
+        rules=("project", "wiener", "joint", "refit"),
         training=modules["workbench"].Training(epochs=1, safety_epochs=1, learned_tokens=4),
         answer_tokens=4,
         resamples=20,
@@ -88,6 +88,7 @@ def test_safety_tax_runs_through_and_resumes(modules, model, data, tmp_path):
         "sst kfac project",
         "sst kfac wiener",
         "sst kfac joint",
+        "sst kfac refit",
         "sst kfac wiener, μ = 10",
         "sst kfac wiener, μ = 10, refusals as cost",
         "sst kfac wiener, μ = 30, refusals as cost",
@@ -104,8 +105,8 @@ def test_safety_tax_runs_through_and_resumes(modules, model, data, tmp_path):
     assert [p["scale"] for p in results["points"]["sst global project, Kronecker damping"]] == [1.0, 3.0]
     assert "Kronecker damping at [1.0, 3.0]" in page
     # Every stage once: 2 seeds × (2 adapters, 3 pairs of Fishers, 2 own Fishers and one of refusals, 3 models alone,
-    # 17 methods at 2 scales).
-    assert len(said) == len(results["manifest"]["stages"]) == 2 * (2 + 3 + 3 + 3 + 34)
+    # 18 methods at 2 scales).
+    assert len(said) == len(results["manifest"]["stages"]) == 2 * (2 + 3 + 3 + 3 + 36)
 
     # Again, with every method there is: only the new ones are run.
     said.clear()

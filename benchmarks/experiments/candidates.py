@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,6 +26,8 @@ STRICT_WIENER = 10.0
 REFUSAL_WEIGHT = 4.0
 REFUSALS = "kfac, refusals"
 MASK = "fisher_ratio_mask"
+# The rule that asks the model at every step takes minutes, so it is run in one structure.
+REFIT, REFITTED = "refit", "kfac"
 # The path of `joint` is its μ. Where every direction has a gain, it has come near the adapters at scale 1 already; in
 # `block` and `global` most directions have none, and it gets no further than they do.
 EARLY = {"kfac": 0.5, "ekfac": 0.5, "diagonal": 0.5}
@@ -74,6 +76,7 @@ def candidates(methods: Sequence[str] | None, structures: Sequence[str], rules: 
         Candidate(f"sst {structure} {rule}", "sst", {"structure": structure, "rule": rule}, _stretch(structure, rule))
         for structure in structures
         for rule in rules
+        if rule != REFIT or structure == REFITTED
     ]
     if "wiener" in rules and "kfac" in structures:
         strict = {"structure": "kfac", "rule": "wiener", "mu": STRICT_WIENER}
@@ -116,6 +119,7 @@ class Merger:
         spectra: Solved pairs by structure; "permuted" for the control, REFUSALS for refusals as cost.
         own: K-FAC Fisher of each adapter on its own data.
         seed: Seed of whatever is random.
+        refit: The rule `refit`: from a solved pair and a scale to the merged point.
     """
 
     adapters: Mapping[str, Adapter]
@@ -123,6 +127,7 @@ class Merger:
     spectra: Mapping[str, Spectrum]
     own: FisherStatistics
     seed: int
+    refit: Callable[[Spectrum, float], Tensor]
 
     def merge(self, candidate: Candidate, scale: float) -> Tensor | Adapter:
         """Return the merged model: a point (D,) of the roles' space, or an adapter.
@@ -168,6 +173,8 @@ class Merger:
 
     def _sst(self, spectrum: Spectrum, rule: str, scale: float, mu: float) -> Tensor:
         roles = self.roles
+        if rule == REFIT:
+            return self.refit(spectrum, scale)
         if rule == "project":
             return merge_cores(spectrum, roles.utility, roles.safety, rule=Rule.PROJECT, scale=scale).core
         if rule == "wiener":

@@ -22,10 +22,11 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-from candidates import REFUSAL_WEIGHT, REFUSALS, Candidate, Merger, candidates, primary
+from candidates import REFIT, REFUSAL_WEIGHT, REFUSALS, Candidate, Merger, candidates, primary
 from measurement import OUTCOMES_FILE, as_arrays, measure
 from prompts import Prompts, Sizes
 from report import Results, stack, write_report
+from torch import Tensor
 from workbench import (
     FULL_TRAINING,
     ROLES,
@@ -43,8 +44,9 @@ from sstmerge import available_methods
 from sstmerge.adapters import Adapter, CoreSpace
 from sstmerge.gevp import Spectrum, solve
 from sstmerge.merging.methods.statistics import FisherStatistics
-from sstmerge.pipeline.calibration import CollectionOptions
+from sstmerge.pipeline.calibration import CollectionOptions, batches_of
 from sstmerge.pipeline.evaluate_job import adapter_state, core_state
+from sstmerge.pipeline.refit import refit_cores
 from sstmerge.pipeline.roles import roles_in
 from sstmerge.prompts import Example
 
@@ -52,6 +54,7 @@ STATISTICS = "kfac"  # what RegMean, Fisher merging and the Fisher-ratio mask ar
 OWN_ROWS = 64  # training rows that an adapter's own Fisher sees
 STRUCTURES = ("global", "kfac", "ekfac", "diagonal", "block")
 RULES = ("project", "wiener", "joint")
+ALL_RULES = (*RULES, REFIT)
 
 FULL_SIZES = Sizes(safety=400, utility=320, calibration=96, test=120, task_test=200)
 
@@ -147,6 +150,9 @@ class SafetyTax:
         fishers = 4 * per_row * 2 * config.draws * sizes.calibration * (len({*config.structures, STATISTICS}) + 2)
         if self._with_refusals():
             fishers += 4 * per_row * (len(prompts.cost) + len(prompts.more_benign))
+        if any(candidate.settings.get("rule") == REFIT for candidate in self.listed):
+            # Four steps, each a gradient of the refusals and two or three trials: their likelihood and the measured KL.
+            fishers += len(config.scales) * 4 * per_row * (6 * sizes.calibration + 2.5 * 2 * 2 * sizes.calibration)
         # Decoding a hundred prompts together takes about half as long for each as decoding two dozen.
         measuring = points * (3 * sizes.test * per_answer / 2 + len(config.tasks) * sizes.task_test * per_row)
         return len(config.seeds) * (training + fishers + measuring)
@@ -212,7 +218,15 @@ class SafetyTax:
             spectra[REFUSALS] = solve(pair.gain, pair.cost.with_penalty(penalty))
         own = {"utility": prompts.utility[:OWN_ROWS], "safety": prompts.safety[:OWN_ROWS]}
         fishers = {r: bench.own_fisher(r, own[r], STATISTICS, space, folders, seed) for r in ROLES}
-        return Merger(adapters, roles_in(space, ["utility"], "safety", None), spectra, FisherStatistics(fishers), seed)
+        roles = roles_in(space, ["utility"], "safety", None)
+        harm, benign = (
+            batches_of(bench.model, bench.tokenizer, rows, options) for rows in (prompts.gain, prompts.cost)
+        )
+
+        def refit(spectrum: Spectrum, scale: float) -> Tensor:
+            return refit_cores(bench.model, spectrum, roles.utility, roles.safety, harm, benign, scale=scale).core
+
+        return Merger(adapters, roles, spectra, FisherStatistics(fishers), seed, refit)
 
     def _with_refusals(self) -> bool:
         return any(candidate.settings.get("spectrum") == REFUSALS for candidate in self.listed)
@@ -275,7 +289,7 @@ def main() -> None:
     parser.add_argument(
         "--structures", nargs="+", choices=STRUCTURES, help="of SST (default: those of the configuration)"
     )
-    parser.add_argument("--rules", nargs="+", choices=RULES, help="of SST (default: those of the configuration)")
+    parser.add_argument("--rules", nargs="+", choices=ALL_RULES, help="of SST (default: those of the configuration)")
     parser.add_argument("--scales", type=float, nargs="+", help="scales (default: those of the configuration)")
     parser.add_argument("--safety", choices=("mixed", "refusal-only"), default="mixed")
     arguments = parser.parse_args()
