@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from sstmerge.errors import DataError
+
 EXPERIMENTS = Path(__file__).parents[1] / "benchmarks" / "experiments"
 
 
@@ -241,3 +243,27 @@ def test_many_experts_runs_through_and_resumes(modules, model, data, tmp_path):
     assert fewer == {task: rows for task, rows in experiment.rows(0).items() if task in fewer}
     with pytest.raises(modules["many_experts"].DataError, match="4 experts need as many tasks, but 3"):
         many.ManyExperts(bench, data, tmp_path, replace(config, counts=(4,)))
+
+
+def test_second_test_has_nothing_in_common_with_anything_else(modules, data, monkeypatch):
+    prompts = modules["prompts"]
+    sizes = prompts.Sizes(safety=8, utility=8, calibration=4, test=4, task_test=6)
+    first = prompts.draw_prompts(data, ["sst2"], sizes, 0)
+    monkeypatch.setattr(prompts, "DEVELOPMENT", 2)
+    second = prompts.with_second_test(first, data, 3)
+    assert (second.safety, second.gain, second.cost) == (first.safety, first.gain, first.cost)
+    for kind, rows in second.test.items():
+        fresh = {e.prompt for e in rows}
+        assert len(fresh) == 3
+        assert not fresh & {e.prompt for e in (*first.test[kind], *first.safety, *first.gain, *first.cost)}
+    with pytest.raises(DataError, match="4 prompts are needed, but only 3"):
+        prompts.with_second_test(first, data, 4)  # nine, less four of the test and two of the development
+
+
+def test_candidates_are_chosen_by_name(modules, model, data, tmp_path):
+    bench = modules["workbench"].Workbench(model, data, tmp_path / "out", lambda words: None)
+    experiment = modules["safety_tax"].SafetyTax
+    config = replace(tiny(modules), candidates=("task_arithmetic", "sst kfac wiener"))
+    assert [candidate.name for candidate in experiment(bench, tmp_path, config).listed] == list(config.candidates)
+    with pytest.raises(DataError, match=r"no candidates \['sst'\]"):
+        experiment(bench, tmp_path, replace(config, candidates=("sst", "task_arithmetic")))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sstmerge.demo.run import data_folder
@@ -16,6 +16,9 @@ from sstmerge.evaluation.refusal import Verdict, judge_refusal
 from sstmerge.prompts import Example, load_examples
 
 LONGEST_PROMPT = 400  # characters, so that prompt and response fit into 256 tokens
+# Prompts of each kind on which options of SST were chosen (dev/LOG.md), drawn with this seed from those outside the test.
+DEVELOPMENT, DEVELOPMENT_SEED = 90, 1
+TEST_SETS = {"harmful": "strongreject", "borderline": "xstest-safe", "ordinary": "refusal-direction-harmless"}
 
 
 @dataclass(frozen=True)
@@ -77,11 +80,7 @@ def draw_prompts(data: Path | None, tasks: Sequence[str], sizes: Sizes, seed: in
     Raises:
         DataError: If a set is too small, or two parts share a prompt.
     """
-    test = {
-        "harmful": _draw(load_prompts("strongreject", data=data), sizes.test, 0),
-        "borderline": _draw(load_prompts("xstest-safe", data=data), sizes.test, 0),
-        "ordinary": _draw(load_prompts("refusal-direction-harmless", data=data), sizes.test, 0),
-    }
+    test = {kind: _draw(load_prompts(name, data=data), sizes.test, 0) for kind, name in TEST_SETS.items()}
     task_tests = {task: _draw(load_task(task, data=data), sizes.task_test, 0) for task in tasks}
     tested = [*(e for s in test.values() for e in s), *(e for s in task_tests.values() for e in s)]
     refusals = [
@@ -121,6 +120,29 @@ def draw_prompts(data: Path | None, tasks: Sequence[str], sizes: Sizes, seed: in
     parts = {"safety training": found.safety, "utility training": found.utility, "test": tested}
     refuse_overlaps(parts | {"calibration": [*found.gain, *found.cost, *found.more_benign]})
     return found
+
+
+def with_second_test(prompts: Prompts, data: Path | None, count: int) -> Prompts:
+    """Return the same prompts with other test prompts, on which nothing was ever measured or chosen.
+
+    Args:
+        prompts: The prompts of a seed.
+        data: As in `draw_prompts`.
+        count: Test prompts of each kind.
+
+    Returns:
+        The prompts; what is trained and calibrated on is the same.
+
+    Raises:
+        DataError: If a set is too small.
+    """
+    used = [*prompts.safety, *prompts.utility, *prompts.gain, *prompts.cost, *prompts.more_benign]
+    test = {}
+    for kind, name in TEST_SETS.items():
+        rest = without(_short(load_prompts(name, data=data)), used, prompts.test[kind])
+        development = _draw(rest, DEVELOPMENT, DEVELOPMENT_SEED)
+        test[kind] = _draw(without(rest, development), count, 0)
+    return replace(prompts, test=test)
 
 
 def _short(examples: Sequence[Example]) -> list[Example]:

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from candidates import REFIT, REFUSAL_WEIGHT, REFUSALS, Candidate, Merger, candidates, primary
 from measurement import OUTCOMES_FILE, as_arrays, measure
-from prompts import Prompts, Sizes
+from prompts import Prompts, Sizes, with_second_test
 from report import Results, stack, write_report
 from torch import Tensor
 from workbench import (
@@ -42,6 +42,7 @@ from workbench import (
 
 from sstmerge import available_methods
 from sstmerge.adapters import Adapter, CoreSpace
+from sstmerge.errors import DataError
 from sstmerge.gevp import Spectrum, solve
 from sstmerge.merging.methods.statistics import FisherStatistics
 from sstmerge.pipeline.calibration import CollectionOptions, batches_of
@@ -77,6 +78,9 @@ class Config:
         draws: Label draws of the cost Fisher.
         answer_tokens: Longest answer.
         resamples: Bootstrap resamples.
+        candidates: Names of the candidates that are run; None for all that methods, structures and rules give.
+        second_test: Number of test prompts of each kind that are measured instead of the test's: those on which nothing was
+            ever measured or chosen; None for the test.
     """
 
     tasks: tuple[str, ...] = ("sst2", "trec")
@@ -92,6 +96,8 @@ class Config:
     draws: int = 4
     answer_tokens: int = 16
     resamples: int = 2000
+    candidates: tuple[str, ...] | None = None
+    second_test: int | None = None
 
 
 SHORT = Config(
@@ -132,12 +138,17 @@ class SafetyTax:
 
     def __init__(self, bench: Workbench, out: Path, config: Config) -> None:
         self.bench, self.out, self.config = bench, out, config
-        self.listed = candidates(config.methods, config.structures, config.rules)
+        listed = candidates(config.methods, config.structures, config.rules)
+        names = [candidate.name for candidate in listed]
+        unknown = sorted({*(config.candidates or ())} - {*names})
+        if unknown:
+            raise DataError(f"There are no candidates {unknown}; these methods, structures and rules give {names}.")
+        self.listed = [c for c in listed if config.candidates is None or c.name in config.candidates]
 
     def estimate(self) -> float:
         """Return the seconds that everything will take from scratch, from a probe of this machine."""
         config, sizes = self.config, self.config.sizes
-        prompts = self.bench.prompts(config.tasks, sizes, config.seeds[0])
+        prompts = self._prompts(config.seeds[0])
         per_row = self.bench.seconds_per_row(prompts.safety[:8])
         probe = replace(prompts, test={k: v[:8] for k, v in prompts.test.items()}, tasks={})
         started = time.perf_counter()
@@ -154,7 +165,8 @@ class SafetyTax:
             # Four steps, each a gradient of the refusals and two or three trials: their likelihood and the measured KL.
             fishers += len(config.scales) * 4 * per_row * (6 * sizes.calibration + 2.5 * 2 * 2 * sizes.calibration)
         # Decoding a hundred prompts together takes about half as long for each as decoding two dozen.
-        measuring = points * (3 * sizes.test * per_answer / 2 + len(config.tasks) * sizes.task_test * per_row)
+        tested = sum(map(len, prompts.test.values()))
+        measuring = points * (tested * per_answer / 2 + len(config.tasks) * sizes.task_test * per_row)
         return len(config.seeds) * (training + fishers + measuring)
 
     def run(self) -> None:
@@ -162,7 +174,7 @@ class SafetyTax:
         experts: list[dict[str, Any]] = []
         swept: list[list[list[Any]]] = []
         for seed in self.config.seeds:
-            prompts = self.bench.prompts(self.config.tasks, self.config.sizes, seed)
+            prompts = self._prompts(seed)
             folders = self.bench.train_roles(prompts, self.config.training, seed)
             merger = self._merger(prompts, folders, seed)
             zero = merger.roles.space.zero()
@@ -191,6 +203,11 @@ class SafetyTax:
         )
         write_report(results, self.out, manifest, resamples=self.config.resamples, seed=0)
 
+    def _prompts(self, seed: int) -> Prompts:
+        prompts = self.bench.prompts(self.config.tasks, self.config.sizes, seed)
+        count = self.config.second_test
+        return prompts if count is None else with_second_test(prompts, self.bench.data, count)
+
     # ---- stages ----------------------------------------------------------------------------------------------------
 
     def _merger(self, prompts: Prompts, folders: dict[str, Path], seed: int) -> Merger:
@@ -206,10 +223,11 @@ class SafetyTax:
 
         structures = sorted({*config.structures, STATISTICS})
         spectra = {structure: spectrum(structure, prompts.gain, prompts.cost) for structure in structures}
-        mixed = [*prompts.gain, *prompts.cost]
-        mixed = [mixed[position] for position in np.random.default_rng(seed).permutation(len(mixed))]
-        split = len(prompts.gain)
-        spectra["permuted"] = spectrum(config.structures[0], mixed[:split], mixed[split:])
+        if any(candidate.settings.get("control") == "permuted" for candidate in self.listed):
+            mixed = [*prompts.gain, *prompts.cost]
+            mixed = [mixed[position] for position in np.random.default_rng(seed).permutation(len(mixed))]
+            split = len(prompts.gain)
+            spectra["permuted"] = spectrum(config.structures[0], mixed[:split], mixed[split:])
         if self._with_refusals():
             weighted = replace(options, structure=STATISTICS, refusal_weight=REFUSAL_WEIGHT)
             benign = [*prompts.cost, *prompts.more_benign]
@@ -290,14 +308,19 @@ def main() -> None:
         "--structures", nargs="+", choices=STRUCTURES, help="of SST (default: those of the configuration)"
     )
     parser.add_argument("--rules", nargs="+", choices=ALL_RULES, help="of SST (default: those of the configuration)")
+    parser.add_argument("--candidates", nargs="+", help="only these of the table's rows, by name")
+    parser.add_argument(
+        "--second-test", type=int, metavar="N", help="N other prompts of each kind, on which nothing was ever chosen"
+    )
     parser.add_argument("--scales", type=float, nargs="+", help="scales (default: those of the configuration)")
     parser.add_argument("--safety", choices=("mixed", "refusal-only"), default="mixed")
     arguments = parser.parse_args()
     sized = QUICK if arguments.quick else SHORT if arguments.short else Config()
     config = replace(sized, training=replace(sized.training, safety=arguments.safety))
-    for name in ("seeds", "methods", "structures", "rules", "scales"):
+    for name in ("seeds", "methods", "structures", "rules", "scales", "candidates"):
         if getattr(arguments, name):
             config = replace(config, **{name: tuple(getattr(arguments, name))})
+    config = replace(config, second_test=arguments.second_test)
     say = stopwatch()
 
     def run() -> None:

@@ -64,12 +64,13 @@ class Workbench:
     Attributes:
         model: The base model.
         tokenizer: Its tokenizer.
+        data: Folder with the data sets' files; None for the hub.
         model_key: What tells the model from others: hashes of its weight files, or its hub id.
         stages: The stages.
     """
 
     def __init__(self, model: str, data: Path | None, out: Path, say: Callable[[str], None]) -> None:
-        self._name, self._data = model, data
+        self._name, self.data = model, data
         self.stages = Stages(out / "stages", say)
         self.tokenizer, self.model = load_tokenizer(model), load_model(model)
         weights = sorted(Path(model).glob("*.safetensors"))
@@ -77,7 +78,7 @@ class Workbench:
 
     def prompts(self, tasks: Sequence[str], sizes: Sizes, seed: int) -> Prompts:
         """Draw the prompts of a seed."""
-        return draw_prompts(self._data, tasks, sizes, seed)
+        return draw_prompts(self.data, tasks, sizes, seed)
 
     def train(
         self,
