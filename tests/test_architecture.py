@@ -13,11 +13,12 @@ PACKAGE = Path(sstmerge.__file__).parent
 ROOT = PACKAGE.parent
 LONGEST_FILE = 450  # lines
 # What each part may import of sstmerge; "sstmerge" is the version number in __init__, "*" all but a few.
-BOTTOM = {"errors", "atomic", "untrusted", "sstmerge"}
+BOTTOM = {"errors", "atomic", "untrusted", "batched_lu", "sstmerge"}
 ALLOWED = {
     "errors": set(),
     "atomic": {"errors"},
     "untrusted": {"errors"},
+    "batched_lu": set(),
     "reference": {"errors", "reference"},
     "ops": {"errors", "reference", "ops", "_C", "sstmerge"},
     "prompts": BOTTOM | {"fisher", "prompt_files"},
