@@ -2,9 +2,11 @@
 
 From the projected safety adapter z₀, natural-gradient steps maximise the refusals' log-likelihood L(z) − ½ μ ‖z − z₀‖² in
 the metric F_gain + μ F_cost. With F_cost the identity in these coordinates, a step is (Vᵀ∇L − μ (z − z₀)) / (λ + μ).
-The quadratic model says nothing far from the reference (a prototype broke its model at a predicted KL of 0.02), so a step
-is halved until the *measured* KL to the utility model on benign data stays within the limit and the refusals do become
-likelier.
+The quadratic model says nothing far from the reference (a prototype broke its model at a predicted KL of 0.02), and where
+refusals are still unlikely the gradient asks for many times the adapter. So a step, and the point it leads to, are
+no longer than what is predicted to spend the limit; what still measures a larger KL to the utility model on benign data is
+drawn back towards that model by what was measured, and where that does not suffice, or the refusals do not become likelier,
+the step is halved.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor, nn
 
 from sstmerge.errors import InputError
@@ -21,6 +24,10 @@ from sstmerge.merging import Merge, Rule, Selection, merge_cores
 from sstmerge.merging.sst import report
 from sstmerge.pipeline.evaluate import mean_log_likelihood, measured_kl
 from sstmerge.pipeline.progress import Progress, no_progress
+
+# By how much the measured KL may exceed its limit, as a factor, and how often a trial is drawn back before it is given up.
+SLACK = 1.001
+DRAWS_BACK = 2
 
 
 @dataclass(frozen=True)
@@ -82,23 +89,25 @@ def refit_cores(
     mask = (origin != 0).double()
     trials = options.steps * (options.halvings + 1)
     search = _Search(model, spectrum, utility, harm, benign)
-    limit = search.measured_kl(start.core) if options.kl_limit is None else options.kl_limit
+    spent = search.measured_kl(start.core)
+    limit = spent if options.kl_limit is None else options.kl_limit
+    # KL grows with the square of the length, so the start tells which length is predicted to spend the limit.
+    longest = float(origin.norm()) * ((limit / spent) ** 0.5 if spent > 0 else 1.0)
     point, best = origin, search.log_likelihood(start.core)
     accepted = done = 0
     for _ in range(options.steps):
         core = utility + spectrum.combine(point)
         gradient = spectrum.pull_back(search.gradient(core))
         step = mask * (gradient - options.mu * (point - origin)) / (spectrum.eigenvalues + options.mu)
+        step = _within(step, longest)
         moved = False
         for halving in range(options.halvings + 1):
-            trial = point + 0.5**halving * step
             done += 1
             progress("refit", done, trials)
-            core = utility + spectrum.combine(trial)
-            # The KL limit holds with a little slack, so that a start on the limit may move along it.
-            if search.measured_kl(core) > 1.001 * limit:
+            trial = search.drawn_back(_within(point + 0.5**halving * step, longest), limit)
+            if trial is None:
                 continue
-            likelihood = search.log_likelihood(core)
+            likelihood = search.log_likelihood(utility + spectrum.combine(trial))
             if likelihood > best:
                 point, best, moved = trial, likelihood, True
                 accepted += 1
@@ -123,6 +132,11 @@ def refit_cores(
     return Merge(utility + change, summary)
 
 
+def _within(vector: Tensor, longest: float) -> Tensor:
+    """Return a vector, shortened to a length where it is longer."""
+    return vector * min(1.0, longest / max(float(vector.norm()), torch.finfo(vector.dtype).tiny))
+
+
 class _Search:
     """What refitting asks the model."""
 
@@ -130,6 +144,7 @@ class _Search:
         self, model: nn.Module, spectrum: Spectrum, utility: Tensor, harm: Sequence[Batch], benign: Sequence[Batch]
     ) -> None:
         self.model = model
+        self.spectrum = spectrum
         self.space = spectrum.space
         self.utility = utility
         self.harm = harm
@@ -144,6 +159,17 @@ class _Search:
         """Return the refusals' log-likelihood in nats per response token."""
         with installed_taps(self.model, self.space, core):
             return mean_log_likelihood(self.model, self.harm)
+
+    def drawn_back(self, point: Tensor, limit: float) -> Tensor | None:
+        """Return coordinates shortened until their measured KL is within a limit; None if that takes too many trials."""
+        for attempt in range(DRAWS_BACK + 1):
+            spent = self.measured_kl(self.utility + self.spectrum.combine(point))
+            # A little slack, so that a start on the limit may move along it.
+            if spent <= SLACK * limit:
+                return point
+            # KL grows with the square of the length near the utility model, and more slowly far from it.
+            point = point * (limit / spent) ** (0.5 * (attempt + 1))
+        return None
 
     def measured_kl(self, core: Tensor) -> float:
         """Return KL(utility model ‖ merged model) in nats per benign response token."""
