@@ -23,6 +23,7 @@ from sstmerge.errors import InputError
 from sstmerge.fisher import collect_fisher
 from sstmerge.gevp import solve
 from sstmerge.merging import Rule, Selection, merge_cores, parse_rule
+from sstmerge.merging.selection import largest
 
 STRUCTURES = ("diagonal", "kfac", "ekfac", "block", "global")
 COMPLETE = STRUCTURES[:-1]
@@ -297,6 +298,15 @@ def test_options_that_contradict_each_other(spectra, rule, scale, choice, words)
     spectrum = spectra["block"]
     with pytest.raises(InputError, match=words):
         merge_cores(spectrum, *points(spectrum), rule=rule, scale=scale, selection=Selection(**choice))
+
+
+@pytest.mark.parametrize("n", [3, 1023, 1024, 5000, 200_000])
+@pytest.mark.parametrize("count", [1, 3, 64, 150])
+def test_largest_of_many(n, count):
+    values = torch.randint(0, 10**6, (n,), generator=torch.Generator().manual_seed(n)).double()
+    values[-1] = 2e6  # where the rows of a table end
+    found = largest(values, min(n, count))
+    assert torch.equal(found, values.sort(descending=True).values[:count])
 
 
 def test_unknown_rule():

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +91,8 @@ class Fisher:
 
     def sums(self, name: str) -> list[Tensor]:
         """Return a statistic summed over both halves, one tensor per group, float64."""
-        return [self.statistics[f"{name}.{i}"].double().sum(dim=0) for i in range(len(self.space.groups))]
+        groups = range(len(self.space.groups))
+        return [self.statistics[f"{name}.{i}"].sum(dim=0, dtype=torch.float64) for i in groups]
 
     def mean_score(self) -> Tensor:
         """Return g = E[Γ] per response token, the gradient of the mean log-likelihood, shape (D,), float64."""
@@ -121,9 +123,14 @@ class Fisher:
         """
         if self.structure not in (Structure.KFAC, Structure.EKFAC):
             raise FisherError(f"A '{self.structure}' Fisher has no Kronecker factors.")
+        return list(self._kronecker_factors)
+
+    @cached_property
+    def _kronecker_factors(self) -> tuple[tuple[Tensor, Tensor], ...]:
+        # A merge asks for them several times, and at large ranks they take as long as its eigenproblems' setting up.
         names = ("input_covariance", "output_covariance", "input_count")
         sums = zip(*(self.sums(name) for name in names), strict=True)
-        return [(X / count[:, None, None], D / self.tokens) for X, D, count in sums]
+        return tuple((X / count[:, None, None], D / self.tokens) for X, D, count in sums)
 
     def kronecker_basis(self) -> KroneckerBasis:
         """Return the basis that an `ekfac` Fisher was collected in."""

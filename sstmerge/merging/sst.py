@@ -23,7 +23,7 @@ from torch import Tensor
 from sstmerge.errors import InputError
 from sstmerge.gevp import Spectrum
 from sstmerge.merging.cautions import cautions
-from sstmerge.merging.selection import Selection, efficiency_order, select, shrinkage
+from sstmerge.merging.selection import Selection, efficiency_order, largest, select, shrinkage
 
 # The directions kept where the user chooses none: those that hold this share of the safety adapter's gain energy.
 DEFAULT_ENERGY = 0.99
@@ -217,7 +217,7 @@ def report(
             else {n: int(c) for n, c in zip(space.layer_names, per_layer.tolist(), strict=True) if c}
         ),
         norm_per_layer=dict(zip(space.layer_names, norms.tolist(), strict=True)),
-        spectrum=spectrum.eigenvalues.topk(min(64, len(spectrum.eigenvalues))).values.tolist(),
+        spectrum=largest(spectrum.eigenvalues, min(64, len(spectrum.eigenvalues))).tolist(),
         gain_sequences=effective[0],
         cost_sequences=effective[1],
         warnings=tuple(cautions(spectrum, scale, predicted_kl, effective)),
