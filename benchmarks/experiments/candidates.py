@@ -28,9 +28,9 @@ REFUSALS = "kfac, refusals"
 MASK = "fisher_ratio_mask"
 # The rule that asks the model at every step takes minutes, so it is run in one structure.
 REFIT, REFITTED = "refit", "kfac"
-# The path of `joint` is its μ. Where every direction has a gain, it has come near the adapters at scale 1 already; in
-# `block` and `global` most directions have none, and it gets no further than they do.
-EARLY = {"kfac": 0.5, "ekfac": 0.5, "diagonal": 0.5}
+# The path of `joint` is its μ. In these structures it has come near the adapters at scale 1, so its unit is smaller there;
+# in `block` and `global` most directions have no gain.
+EARLY, EARLY_STRETCH = ("kfac", "ekfac", "diagonal"), 0.5
 # What refuses benign prompts is most of the adapter, so little of it is left at scale 1: the units of the two sweeps, by μ.
 REFUSALS_STRETCH = {STRICT_WIENER: 8.0, 30.0: 20.0}
 # The exact sum, written in other ways, and what needs an aligned full model, which an adapter is not.
@@ -100,7 +100,7 @@ def candidates(methods: Sequence[str] | None, structures: Sequence[str], rules: 
 
 def _stretch(structure: str, rule: str) -> float:
     """Return the unit of a sweep."""
-    return EARLY.get(structure, 1.0) if rule == "joint" else 1.0
+    return EARLY_STRETCH if rule == "joint" and structure in EARLY else 1.0
 
 
 def primary(listed: Sequence[Candidate]) -> tuple[str, ...]:

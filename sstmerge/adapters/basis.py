@@ -86,17 +86,16 @@ class LayerGroup:
         Raises:
             AdapterError: The basis was read from a damaged file.
         """
-        spans, factors, offset = [], [], 0
+        left, right, offset = [], [], 0
         for t, (member, rank) in enumerate(self.members):
+            block = slice(offset, offset + rank)
             if member in weights:
-                spans.append(torch.arange(offset, offset + rank, device=self.scaling.device))
-                factors.append((weights[member] * self.scaling[:, t, None]).expand(-1, rank))
+                left.append(weights[member] * self.scaling[:, t, None, None] * self._stack_in_U[:, :, block])
+                right.append(self._stack_in_V[:, :, block])
             offset += rank
-        if not spans:
+        if not left:
             return self.scaling.new_zeros(self.core_shape)
-        columns = torch.cat(spans)
-        left = torch.cat(factors, dim=1)[:, None, :] * self._stack_in_U[:, :, columns]
-        return left @ self._stack_in_V[:, :, columns].mT
+        return torch.cat(left, dim=2) @ torch.cat(right, dim=2).mT
 
     def in_outputs(self, columns: Tensor, dtype: torch.dtype) -> Tensor:
         """Return U C for columns C (L, R_o, k), float64: the factor B of a merged layer, shape (L, d_out, k)."""
