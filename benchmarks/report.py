@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import subprocess
 import sys
 import time
@@ -30,6 +31,8 @@ from sstmerge.atomic import atomic_file
 HERE = Path(__file__).parent
 # Tokens of a calibration for the break-even: 500 sequences of each kind, 100 tokens each, which is generous.
 CALIBRATION_TOKENS = 100_000
+# Width of the tables.
+COLUMNS = 150
 SLOPE_MODELS = ("Llama-3.2-1B", "Llama-2-70B")
 
 
@@ -103,7 +106,7 @@ STAGES = {
 
 
 def run_stage(name: str, options: argparse.Namespace, console: Console) -> bool:
-    """Run a benchmark; its words go to `NAME.txt` beside its results.
+    """Run a benchmark; its tables go to `NAME.txt` beside its results, its progress, warnings and errors to `NAME.log`.
 
     Returns:
         Whether it ended well.
@@ -116,15 +119,16 @@ def run_stage(name: str, options: argparse.Namespace, console: Console) -> bool:
     script, *arguments = stage.command(out, options)
     done = subprocess.run(
         [sys.executable, str(HERE / script), *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
+        env={**os.environ, "COLUMNS": str(COLUMNS)},
+        capture_output=True,
         text=True,
         encoding="utf-8",
         check=False,
     )
-    with atomic_file(out.with_suffix(".txt")) as unfinished:
-        unfinished.write_text(done.stdout, encoding="utf-8")
-    words = "done" if done.returncode == 0 else f"failed with exit code {done.returncode}: see {name}.txt"
+    for suffix, words in ((".txt", done.stdout), (".log", done.stderr)):
+        with atomic_file(out.with_suffix(suffix)) as unfinished:
+            unfinished.write_text(words, encoding="utf-8")
+    words = "done" if done.returncode == 0 else f"failed with exit code {done.returncode}: see {name}.log"
     console.print(f"{name}: {words}, {(time.perf_counter() - start) / 60:.1f} minutes", highlight=False)
     return done.returncode == 0
 

@@ -19,9 +19,8 @@ from sstmerge.adapters import Adapter, CoreSpace
 from sstmerge.atomic import atomic_file
 from sstmerge.errors import FisherError
 from sstmerge.fisher.contents import COUNTS, check_tensors, parse_header, parse_space
-from sstmerge.fisher.fingerprints import content_hash
 from sstmerge.fisher.structures import KroneckerBasis, Structure
-from sstmerge.fisher.tensor_file import HASH_KEY, save_hashed
+from sstmerge.fisher.tensor_file import is_unaltered, save_hashed
 from sstmerge.untrusted import read_tensor_headers
 
 _METADATA_KEY = "sstmerge_fisher"
@@ -347,9 +346,7 @@ def _read(path: str | Path) -> tuple[dict[str, Any], str, dict[str, Tensor]]:
             raise FisherError(f"'{name}' in {path} holds NaN or Inf; collect this Fisher again.")
     if any(bool((tensors[f"counts.{name}"] < 0).any()) for name in COUNTS):
         raise FisherError(f"{where} is damaged: it counts fewer than no sequences; collect this Fisher again.")
-    # Files of versions before 0.1.0 have no hash and are read without this check.
-    recorded = metadata.get(HASH_KEY)
-    if recorded is not None and recorded != content_hash(tensors, metadata[_METADATA_KEY], metadata["space"]):
+    if not is_unaltered(tensors, metadata, _METADATA_KEY, "space"):
         raise FisherError(
             f"{where} was altered or damaged: its contents do not match its hash; collect this Fisher again."
         )

@@ -12,11 +12,10 @@ from torch import Tensor
 
 from sstmerge.atomic import atomic_file
 from sstmerge.errors import FisherError
-from sstmerge.fisher.fingerprints import content_hash
 from sstmerge.fisher.fisher import Counts
 from sstmerge.fisher.sketch import INPUT, OUTPUT, Sketch, SketchedLayer, layer_entries, layers_from
 from sstmerge.fisher.sketch_sums import RandomSigns, score_rank
-from sstmerge.fisher.tensor_file import HASH_KEY, save_hashed
+from sstmerge.fisher.tensor_file import is_unaltered, save_hashed
 from sstmerge.untrusted import parse_json
 
 _SKETCH_KEY = "sstmerge_sketch"
@@ -138,8 +137,7 @@ def _read(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if not isinstance(header, dict) or header.get("format") != _FORMAT:
         found = header.get("format") if isinstance(header, dict) else header
         raise FisherError(f"'{path}' has sketch format {found!r:.40}; this version reads format {_FORMAT}.")
-    # Files of earlier versions have no hash.
-    if HASH_KEY in metadata and content_hash(tensors, metadata[_SKETCH_KEY]) != metadata[HASH_KEY]:
+    if not is_unaltered(tensors, metadata, _SKETCH_KEY):
         raise FisherError(
             f"'{path}' was altered or damaged: its contents do not match its hash; collect this sketch again."
         )

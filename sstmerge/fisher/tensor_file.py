@@ -51,9 +51,20 @@ def load_hashed(path: Path, *names: str) -> tuple[dict[str, Tensor], list[str]]:
     if not {*names, HASH_KEY} <= set(metadata):
         raise ValueError("it has no description")
     texts = [metadata[name] for name in names]
-    if content_hash(tensors, *texts) != metadata[HASH_KEY]:
+    if not is_unaltered(tensors, metadata, *names):
         raise ValueError("its contents do not match its hash")
     return tensors, texts
+
+
+def is_unaltered(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], *names: str) -> bool:
+    """Return whether a file's tensors and texts match its hash; files of versions before 0.1.0 have none, and pass.
+
+    Args:
+        tensors: All of the file's tensors.
+        metadata: Its metadata.
+        names: Names of all texts, in the order in which they were given.
+    """
+    return HASH_KEY not in metadata or metadata[HASH_KEY] == content_hash(tensors, *(metadata[name] for name in names))
 
 
 def _sort_metadata(path: Path) -> None:
