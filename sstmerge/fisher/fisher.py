@@ -129,7 +129,7 @@ class Fisher:
         # A merge asks for them several times, and at large ranks they take as long as its eigenproblems' setting up.
         names = ("input_covariance", "output_covariance", "input_count")
         sums = zip(*(self.sums(name) for name in names), strict=True)
-        return tuple((X / count[:, None, None], D / self.tokens) for X, D, count in sums)
+        return tuple((X.div_(count[:, None, None]), D.div_(self.tokens)) for X, D, count in sums)
 
     def kronecker_basis(self) -> KroneckerBasis:
         """Return the basis that an `ekfac` Fisher was collected in."""

@@ -358,7 +358,9 @@ def _damp(matrices: Tensor, damping: float, names: Sequence[str], what: str) -> 
             f"The benign {what} of layer '{name}' is zero: the benign data never reach this layer, so no cost can be "
             "measured there. Leave the layer out, or add benign data that use it."
         )
-    return matrices + torch.diag_embed((damping * scale)[:, None].expand(-1, matrices.shape[1]))
+    damped = matrices.clone()
+    damped.diagonal(dim1=1, dim2=2).add_((damping * scale)[:, None])
+    return damped
 
 
 def _damped_diagonal(cost: Fisher, damping: float) -> Tensor:

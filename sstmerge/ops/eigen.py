@@ -18,6 +18,9 @@ from sstmerge.ops.launch import LAUNCHERS
 from sstmerge.ops.validation import as_tensor, check_tensor
 from sstmerge.reference import GeneralizedEigh
 
+# Entries of a batch that is not copied beside others: 8 MiB in float64, more than a cache holds.
+_LARGE_BATCH = 2**20
+
 DriverName = Literal["auto", "sygvd", "batched", "jacobi", "cholesky"]
 
 
@@ -104,6 +107,8 @@ def generalized_eigh_mixed(
 ) -> list[GeneralizedEigh]:
     """Solve problems of several sizes with one call of `generalized_eigh` per size, dtype and device.
 
+    On a CPU a batch of large matrices is solved where it lies: copying it into one with others takes longer than a call.
+
     Args:
         problems: Pairs of `a` and `b`, each of them one problem or a batch, shape (..., n, n).
         driver: As in `generalized_eigh`.
@@ -118,7 +123,7 @@ def generalized_eigh_mixed(
         BackendError: As in `generalized_eigh`.
     """
     pairs = []
-    groups: dict[tuple[int, torch.dtype, torch.device], list[int]] = {}
+    groups: dict[tuple[int, torch.dtype, torch.device, int | None], list[int]] = {}
     for position, (a, b) in enumerate(problems):
         try:
             pair = as_tensor("a", a), as_tensor("b", b)
@@ -126,14 +131,16 @@ def generalized_eigh_mixed(
         except InputError as error:
             raise InputError(f"problem {position}: {error}") from error
         pairs.append(pair)
-        groups.setdefault((pair[0].shape[-1], pair[0].dtype, pair[0].device), []).append(position)
+        a = pair[0]
+        alone = position if a.device.type == "cpu" and a.numel() >= _LARGE_BATCH else None
+        groups.setdefault((a.shape[-1], a.dtype, a.device, alone), []).append(position)
     solutions: dict[int, GeneralizedEigh] = {}
-    for (n, _, _), positions in groups.items():
+    for (n, *_), positions in groups.items():
         shapes = [pairs[position][0].shape[:-2] for position in positions]
         counts = [shape.numel() for shape in shapes]
         members = zip(positions, counts, strict=True)
         flat = [[matrices.reshape(count, n, n) for matrices in pairs[position]] for position, count in members]
-        a, b = (torch.cat(side) for side in zip(*flat, strict=True))
+        a, b = (side[0] if len(side) == 1 else torch.cat(side) for side in zip(*flat, strict=True))
         together = generalized_eigh(a, b, driver=driver, backend=backend, num_threads=num_threads)
         parts = zip(*(field.split(counts) for field in _fields(together)), strict=True)
         for position, shape, (eigenvalues, eigenvectors, status) in zip(positions, shapes, parts, strict=True):
