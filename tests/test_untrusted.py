@@ -209,7 +209,8 @@ def test_yaml_is_text_and_nothing_else(tmp_path):
 
 
 @pytest.mark.parametrize("source", ["~nobody/x", "a" * 5000, "../x", "/dev/null", "x/y/z"])
-def test_names_that_are_no_files_are_sentences(source):
+def test_names_that_are_no_files_are_sentences(source, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(AdapterError, match=r"neither a directory nor a hub id|not a local directory"):
         load_adapter(source)
     assert run_command("inspect", source)[0] == 2
