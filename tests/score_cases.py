@@ -154,8 +154,8 @@ def assert_permutation_changes_nothing(case: ScoreCase, backend: str) -> None:
     weights = None if case.weights is None else case.weights[order]
     found, permuted = case.run(backend), replace(case, spans=case.spans[order], weights=weights).run(backend)
     assert torch.equal(found.scores[order], permuted.scores)
-    # Scores are rotated in float32, by one product for all sequences where the library likes it better: on some processors
-    # the rounding of a sequence then depends on its place.
+    # Scores are rotated in float32, and on some processors MKL rounds a matrix otherwise at another place in memory, in a
+    # batch as in one product for all. Nothing else that is summed may change.
     assert deviation(replace(found, scores=permuted.scores), permuted) < 1e-6
     kept = {"scores": permuted.scores, "rotated_square_sum": permuted.rotated_square_sum}
     assert deviation(replace(found, **kept), permuted) < 1e-12

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sstmerge import reference
 from sstmerge.errors import InputError
-from sstmerge.ops import SolveStatus, backends, generalized_eigh, generalized_eigh_mixed
+from sstmerge.ops import SolveStatus, backends, eigen, generalized_eigh, generalized_eigh_mixed
 
 BACKENDS = [info.name for info in backends() if info.available]
 DTYPES = [torch.float32, torch.float64]
@@ -280,6 +280,21 @@ class TestMixedSizes:
         generalized_eigh_mixed([problems(2, n, torch.float64) for n in (3, 5, 3, 5, 3)], backend="reference")
 
         assert sorted(calls) == [(4, 5, 5), (6, 3, 3)]
+
+    def test_large_batches_are_solved_where_they_lie(self, monkeypatch):
+        pairs = [problems(count, 4, torch.float64) for count in (3, 5, 2)]
+        together = generalized_eigh_mixed(pairs)
+        monkeypatch.setattr(eigen, "_LARGE_BATCH", 3 * 16)  # the first two
+        calls = []
+        solve = eigen.generalized_eigh
+        monkeypatch.setattr(
+            eigen, "generalized_eigh", lambda a, b, **options: calls.append(a) or solve(a, b, **options)
+        )
+        apart = generalized_eigh_mixed(pairs)
+        assert [a.data_ptr() for a in calls] == [a.data_ptr() for a, _ in pairs]
+        for one, other in zip(together, apart, strict=True):
+            assert torch.equal(one.eigenvalues, other.eigenvalues)
+            assert torch.equal(one.eigenvectors, other.eigenvectors)
 
     def test_nothing_to_solve(self):
         assert generalized_eigh_mixed([]) == []

@@ -126,7 +126,7 @@ class Fisher:
 
     @cached_property
     def _kronecker_factors(self) -> tuple[tuple[Tensor, Tensor], ...]:
-        # A merge asks for them several times, and at large ranks they take as long as its eigenproblems' setting up.
+        # Made once, as a merge asks for them several times; the sums are new tensors, so they are divided in place.
         names = ("input_covariance", "output_covariance", "input_count")
         sums = zip(*(self.sums(name) for name in names), strict=True)
         return tuple((X.div_(count[:, None, None]), D.div_(self.tokens)) for X, D, count in sums)

@@ -18,7 +18,7 @@ from sstmerge.ops.launch import LAUNCHERS
 from sstmerge.ops.validation import as_tensor, check_tensor
 from sstmerge.reference import GeneralizedEigh
 
-# Entries of a batch that is not copied beside others: 8 MiB in float64, more than a cache holds.
+# Entries, 8 MiB in float64, from which on a batch is not copied beside others.
 _LARGE_BATCH = 2**20
 
 DriverName = Literal["auto", "sygvd", "batched", "jacobi", "cholesky"]

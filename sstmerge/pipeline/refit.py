@@ -96,8 +96,7 @@ def refit_cores(
     point, best = origin, search.log_likelihood(start.core)
     accepted = done = 0
     for _ in range(options.steps):
-        core = utility + spectrum.combine(point)
-        gradient = spectrum.pull_back(search.gradient(core))
+        gradient = spectrum.pull_back(search.gradient(search.core(point)))
         step = mask * (gradient - options.mu * (point - origin)) / (spectrum.eigenvalues + options.mu)
         step = _within(step, longest)
         moved = False
@@ -107,7 +106,7 @@ def refit_cores(
             trial = search.drawn_back(_within(point + 0.5**halving * step, longest), limit)
             if trial is None:
                 continue
-            likelihood = search.log_likelihood(utility + spectrum.combine(trial))
+            likelihood = search.log_likelihood(search.core(trial))
             if likelihood > best:
                 point, best, moved = trial, likelihood, True
                 accepted += 1
@@ -150,6 +149,10 @@ class _Search:
         self.harm = harm
         self.benign = benign
 
+    def core(self, point: Tensor) -> Tensor:
+        """Return φ_u + Σ c_i v_i for coordinates c (m,), shape (D,)."""
+        return self.utility + self.spectrum.combine(point)
+
     def gradient(self, core: Tensor) -> Tensor:
         """Return ∇ of the refusals' log-likelihood per response token, shape (D,)."""
         fisher = collect_fisher(self.model, self.harm, self.space, structure="diagonal", labels="data", reference=core)
@@ -163,7 +166,7 @@ class _Search:
     def drawn_back(self, point: Tensor, limit: float) -> Tensor | None:
         """Return coordinates shortened until their measured KL is within a limit; None if that takes too many trials."""
         for attempt in range(DRAWS_BACK + 1):
-            spent = self.measured_kl(self.utility + self.spectrum.combine(point))
+            spent = self.measured_kl(self.core(point))
             # A little slack, so that a start on the limit may move along it.
             if spent <= SLACK * limit:
                 return point
