@@ -9,6 +9,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from sstmerge.adapters import Adapter, CoreSpace, LoraFactors
+from sstmerge.adapters.core import _largest_rank, _singular_triplets
 from sstmerge.errors import AdapterError, InputError
 
 CHOICES = (("q_proj", "v_proj"), ("q_proj", "down_proj"), ("v_proj",), ("q_proj", "v_proj", "lm_head"))
@@ -156,6 +157,26 @@ def test_rank_limited_write_back_is_the_truncated_svd_of_the_dense_change(model,
         left, values, right = torch.linalg.svd(dense_deltas(space, vector)[path], full_matrices=False)
         best = left[:, :rank] * values[:rank] @ right[:rank]
         assert relative_error(delta, best) < 1e-5
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(6, 6), (9, 5), (5, 9)])
+def test_singular_triplets_of_ill_conditioned_cores(rows, columns):
+    """The product holds to rounding, and singular values above 1e-8 of the largest are those of an SVD."""
+    generator = torch.Generator().manual_seed(rows)
+    left, right = (
+        torch.linalg.qr(torch.randn(4, n, 5, generator=generator, dtype=torch.float64)).Q for n in (rows, columns)
+    )
+    exact = torch.tensor([3.0, 1.0, 1e-4, 3e-7, 0.0], dtype=torch.float64)
+    cores = left * exact @ right.mT
+    cores[3] = 0.0
+    P, values, Q = _singular_triplets(cores)
+    assert (P * values[:, None, :] @ Q.mT - cores).abs().max() < 1e-15 * 3 * 5
+    torch.testing.assert_close(values[:3, :4], exact[:4].expand(3, 4), rtol=1e-4, atol=0)
+    assert values[:3, 4:].max() < 1e-8
+    assert not values[3].any()
+    assert _largest_rank([values]) == 4
+    assert _largest_rank([values, torch.zeros(2, 3)]) == 4
+    assert _largest_rank([torch.zeros(2, 3)]) == 1
 
 
 def test_write_back_refuses_impossible_ranks_and_numbers(model):

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sstmerge import reference
-from sstmerge.errors import InputError
-from sstmerge.ops import SolveStatus, backends, eigen, generalized_eigh, generalized_eigh_mixed
+from sstmerge.errors import InputError, SolverError
+from sstmerge.ops import SolveStatus, backends, eigen, eigh, generalized_eigh, generalized_eigh_mixed
 
 BACKENDS = [info.name for info in backends() if info.available]
 DTYPES = [torch.float32, torch.float64]
@@ -304,3 +304,24 @@ class TestMixedSizes:
             generalized_eigh_mixed(
                 [(torch.ones(1, 3, 3), torch.ones(1, 3, 3)), (torch.ones(2, 4, 4), torch.ones(2, 3, 3))]
             )
+
+
+@pytest.mark.parametrize("shape", [(3, 5, 5), (2, 3, 40, 40), (0, 4, 4), (6, 6)])
+def test_symmetric_problems(shape):
+    root = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    matrices = root @ root.mT
+    values, vectors = eigh(matrices)
+    assert values.shape == shape[:-1]
+    torch.testing.assert_close(values, torch.linalg.eigvalsh(matrices))
+    torch.testing.assert_close(vectors.mT @ vectors, torch.eye(shape[-1], dtype=torch.float64).expand(shape))
+    torch.testing.assert_close(vectors * values[..., None, :] @ vectors.mT, matrices)
+
+
+def test_symmetric_problems_without_a_solution():
+    matrices = torch.eye(3).repeat(4, 1, 1)
+    matrices[2, 0, 0] = torch.nan
+    with pytest.raises(SolverError, match="1 of 4 symmetric eigenproblems of size 3"):
+        eigh(matrices)
+    for shape in ((3,), (3, 4)):
+        with pytest.raises(InputError, match=r"\(\.\.\., n, n\)"):
+            eigh(torch.ones(shape))

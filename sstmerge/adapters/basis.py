@@ -19,6 +19,7 @@ from sstmerge import batched_lu
 from sstmerge.adapters.adapter import Adapter, natural_order
 from sstmerge.adapters.stacks import FactorStack
 from sstmerge.errors import AdapterError
+from sstmerge.ops import eigh
 
 # A direction is kept if it carries more than this share of the Frobenius norm of some ΔW_t. Gram matrices in float64
 # resolve relative singular values down to about 1e-8; float32 factors carry 1e-7 of rounding.
@@ -256,7 +257,7 @@ def _singular_transform(
         block = slice(offset, offset + rank)
         root[:, block, block] = inverse_norms[:, t, None, None].abs() * _square_root(other_gram[:, block, block])
         offset += rank
-    squared, vectors = torch.linalg.eigh(root.mT @ gram @ root)
+    squared, vectors = eigh(root.mT @ gram @ root)
     squared, vectors = squared.flip(-1), vectors.flip(-1)
     kept = squared > tolerance**2
     inverse = torch.where(kept, squared.where(kept, 1.0).rsqrt(), 0.0)

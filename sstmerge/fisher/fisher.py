@@ -95,7 +95,7 @@ class Fisher:
 
     def mean_score(self) -> Tensor:
         """Return g = E[Γ] per response token, the gradient of the mean log-likelihood, shape (D,), float64."""
-        return self.space.join(self.sums("score_sum")) / self.tokens
+        return self.space.join(self.sums("score_sum")).div_(self.tokens)
 
     def diagonal(self) -> Tensor:
         """Return E[Γ²] per response token, shape (D,), float64, for `diagonal` and `ekfac` (in its own basis).
@@ -109,7 +109,7 @@ class Fisher:
         name = {Structure.DIAGONAL: "square_sum", Structure.EKFAC: "rotated_square_sum"}.get(self.structure)
         if name is None:
             raise FisherError(f"A '{self.structure}' Fisher keeps no diagonal.")
-        return self.space.join(self.sums(name)) / self.tokens
+        return self.space.join(self.sums(name)).div_(self.tokens)
 
     def kronecker_factors(self) -> list[tuple[Tensor, Tensor]]:
         """Return (X (L, R_i, R_i), D (L, R_o, R_o)) per group with F = X ⊗ D per response token, for kfac and ekfac.

@@ -58,7 +58,7 @@ class Spectrum(ABC):
         self.gain = gain
         self.cost = cost
         self.damping = damping
-        self.eigenvalues = eigenvalues.clamp_min(0.0)
+        self.eigenvalues = eigenvalues.clamp_min_(0.0)  # every subclass hands over a new tensor
 
     @abstractmethod
     def coordinates(self, vector: Tensor) -> Tensor:
@@ -139,20 +139,18 @@ class KroneckerSpectrum(Spectrum):
                 names.append([f"{name} ({side})" for name in group.names])
         solutions = solve_batches(pairs, names, device, ranks)
         self._metrics = [(X_c, D_c) for (_, X_c), (_, D_c) in zip(pairs[::2], pairs[1::2], strict=True)]
-        P, Q, self._inverse_P, self._inverse_Q, products = [], [], [], [], []
-        for inputs, outputs, (X_c, D_c) in zip(solutions[::2], solutions[1::2], self._metrics, strict=True):
-            P.append(inputs.eigenvectors)
-            Q.append(outputs.eigenvectors)
-            # From Pᵀ X_c P = I: P⁻¹ = Pᵀ X_c.
-            self._inverse_P.append(inputs.eigenvectors.mT @ X_c)
-            self._inverse_Q.append(outputs.eigenvectors.mT @ D_c)
-            products.append(outputs.eigenvalues.clamp_min(0)[:, :, None] * inputs.eigenvalues.clamp_min(0)[:, None, :])
-        self.basis = KroneckerBasis(tuple(P), tuple(Q))
+        inputs, outputs = solutions[::2], solutions[1::2]
+        self.basis = KroneckerBasis(tuple(s.eigenvectors for s in inputs), tuple(s.eigenvectors for s in outputs))
+        products = [
+            beta.eigenvalues.clamp_min(0)[:, :, None] * alpha.eigenvalues.clamp_min(0)[:, None, :]
+            for alpha, beta in zip(inputs, outputs, strict=True)
+        ]
         super().__init__(gain, cost, damping, gain.space.join(products))
 
     def coordinates(self, vector: Tensor) -> Tensor:  # noqa: D102 (inherited)
-        cores = zip(self.space.split(vector), self._inverse_P, self._inverse_Q, strict=True)
-        return self.space.join([inverse_Q @ core @ inverse_P.mT for core, inverse_P, inverse_Q in cores])
+        # From Pᵀ X_c P = I: P⁻¹ = Pᵀ X_c. The inverses themselves would take as much work, and memory that is first touched.
+        parts = zip(self.space.split(vector), self.basis.P, self.basis.Q, self._metrics, strict=True)
+        return self.space.join([Q.mT @ (D_c @ core @ X_c) @ P for core, P, Q, (X_c, D_c) in parts])
 
     def combine(self, coordinates: Tensor) -> Tensor:  # noqa: D102 (inherited)
         cores = zip(self.space.split(coordinates), self.basis.P, self.basis.Q, strict=True)

@@ -28,6 +28,8 @@ from sstmerge.merging.selection import Selection, efficiency_order, largest, sel
 # The directions kept where the user chooses none: those that hold this share of the safety adapter's gain energy.
 DEFAULT_ENERGY = 0.99
 _BISECTIONS = 60
+# Entries, 8 MiB in float64: memory that the allocator keeps.
+_PIECE = 2**20
 
 
 class Rule(StrEnum):
@@ -159,8 +161,8 @@ def merge_cores(
             _directions_given(rule, selection) or mu == 0.0 or bool((weights == 1).all())
         ):
             scale = _scale_for(spectrum, change, selection.budget)
-    change = scale * change
-    in_eigenbasis = coordinates, scale * weights * coordinates
+    change.mul_(scale)
+    in_eigenbasis = coordinates, (weights * coordinates).mul_(scale)
     return Merge(utility + change, report(spectrum, source, change, in_eigenbasis, weights, rule, scale, mu))
 
 
@@ -192,9 +194,10 @@ def report(
     space = spectrum.space
     kept = weights > 0.5
     # No direction that is not listed has a gain.
-    whole_gain, gain = (float(spectrum.eigenvalues @ c.square()) for c in coordinates)
-    per_layer = space.layer_sums(kept.double()) if spectrum.complete else None
-    norms = space.layer_sums(change.square()).sqrt()
+    whole_gain, gain = (_gain_energy(spectrum.eigenvalues, c) for c in coordinates)
+    # A sum of booleans would convert them all to int64 first; their count does not.
+    per_layer = [core.count_nonzero() for part in space.split(kept) for core in part] if spectrum.complete else []
+    norms = torch.cat([torch.linalg.vector_norm(part, dim=(1, 2)) for part in space.split(change)])
     effective = spectrum.gain.counts.effective_sequences, spectrum.cost.counts.effective_sequences
     predicted_kl = 0.5 * spectrum.cost.quadratic(change)
     return MergeReport(
@@ -203,18 +206,18 @@ def report(
         scale=scale,
         mu=mu,
         damping=spectrum.damping,
-        directions=int(kept.sum()),
+        directions=int(kept.count_nonzero()),
         directions_in_all=space.size,
         gain_kept=gain / (scale**2 * whole_gain) if whole_gain > 0 and scale else 0.0,
         predicted_kl=predicted_kl,
-        predicted_kl_task_arithmetic=0.5 * spectrum.cost.quadratic(scale * source),
+        predicted_kl_task_arithmetic=0.5 * scale**2 * spectrum.cost.quadratic(source),
         predicted_gain=float(spectrum.gain.mean_score() @ change),
         norm=float(change.norm()),
-        norm_task_arithmetic=float((scale * source).norm()),
+        norm_task_arithmetic=abs(scale) * float(source.norm()),
         directions_per_layer=(
-            {}
-            if per_layer is None
-            else {n: int(c) for n, c in zip(space.layer_names, per_layer.tolist(), strict=True) if c}
+            {n: c for n, c in zip(space.layer_names, torch.stack(per_layer).tolist(), strict=True) if c}
+            if per_layer
+            else {}
         ),
         norm_per_layer=dict(zip(space.layer_names, norms.tolist(), strict=True)),
         spectrum=largest(spectrum.eigenvalues, min(64, len(spectrum.eigenvalues))).tolist(),
@@ -222,6 +225,12 @@ def report(
         cost_sequences=effective[1],
         warnings=tuple(cautions(spectrum, scale, predicted_kl, effective)),
     )
+
+
+def _gain_energy(eigenvalues: Tensor, coordinates: Tensor) -> float:
+    """Return Σ λ_i c_i², a piece at a time: no vector of the size of the space is made for it."""
+    pieces = zip(eigenvalues.split(_PIECE), coordinates.split(_PIECE), strict=True)
+    return sum(float(values @ c.square()) for values, c in pieces)
 
 
 def _check_options(rule: Rule, scale: float | None, selection: Selection) -> None:

@@ -6,7 +6,7 @@ This is the only part that loads the compiled extension and cupy. Where a backen
 from sstmerge.ops.backends import BackendInfo, BackendName, backends
 from sstmerge.ops.cores import filter_cores
 from sstmerge.ops.device import default_device
-from sstmerge.ops.eigen import DriverName, available_drivers, generalized_eigh, generalized_eigh_mixed
+from sstmerge.ops.eigen import DriverName, available_drivers, eigh, generalized_eigh, generalized_eigh_mixed
 from sstmerge.ops.projection import project_accumulate
 from sstmerge.ops.scores import sequence_scores
 from sstmerge.ops.sparsify import dare, magnitude_prune, ties
@@ -24,6 +24,7 @@ __all__ = [
     "backends",
     "dare",
     "default_device",
+    "eigh",
     "filter_cores",
     "generalized_eigh",
     "generalized_eigh_mixed",

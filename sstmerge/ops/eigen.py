@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sstmerge import reference
-from sstmerge.errors import BackendError, InputError
+from sstmerge.errors import BackendError, InputError, SolverError
 from sstmerge.ops import driver_table, eigen_cuda
 from sstmerge.ops.backends import BackendName, choose_backend
 from sstmerge.ops.extension import load_extension
@@ -96,6 +96,36 @@ def generalized_eigh(
         solution.eigenvectors.reshape(*batch_shape, n, n),
         solution.status.reshape(batch_shape),
     )
+
+
+def eigh(matrices: Tensor) -> tuple[Tensor, Tensor]:
+    """Solve the symmetric eigenproblems of a batch: `generalized_eigh` with the identity.
+
+    On a CPU that is several times as fast as `torch.linalg.eigh`, which solves one problem after another.
+
+    Args:
+        matrices: Symmetric matrices, shape (..., n, n), float32 or float64; only the lower triangles are read.
+
+    Returns:
+        Ascending eigenvalues (..., n) and orthonormal eigenvectors as columns (..., n, n).
+
+    Raises:
+        InputError: The shape or dtype does not fit.
+        SolverError: A matrix is not finite, or its iteration did not converge.
+    """
+    matrices = as_tensor("matrices", matrices)
+    if matrices.ndim < 2 or matrices.shape[-1] != matrices.shape[-2]:
+        raise InputError(f"matrices must have the shape (..., n, n), not {tuple(matrices.shape)}")
+    identity = torch.eye(matrices.shape[-1], dtype=matrices.dtype, device=matrices.device)
+    solution = generalized_eigh(matrices, identity.expand(matrices.shape))
+    failed = int(solution.status.count_nonzero())
+    if failed:
+        raise SolverError(
+            f"{failed} of {solution.status.numel()} symmetric eigenproblems of size {matrices.shape[-1]} could not be "
+            "solved: the matrices hold NaN or infinity, or numbers so large that they overflow; look for such values in the "
+            "adapters."
+        )
+    return solution.eigenvalues, solution.eigenvectors
 
 
 def generalized_eigh_mixed(
