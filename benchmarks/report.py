@@ -93,15 +93,15 @@ def _sketch(out: Path, options: argparse.Namespace) -> list[str]:
 
 
 STAGES = {
-    "kernels": Stage("Native ops against torch, PEFT and scipy", (1, 4), _kernels),
-    "merge-latency": Stage("The merge phase, Fishers at hand", (4, 14), _merges),
-    "collection": Stage("Calibration against bare passes and peers", (2, 6), _collection),
-    "collection-base": Stage("Calibration on a real model", (2, 6), _collection_of_base, needs_base=True),
-    "scaling": Stage("How calibration and merge grow", (4, 6), _scaling),
-    "early-stopping": Stage("Stopping when converged, on a real model", (5, 20), _stopping, needs_base=True),
-    "add-weighted-adapter": Stage("PEFT's own function and the drop-in", (2, 8), _drop_in),
+    "kernels": Stage("Native ops against torch, PEFT and scipy", (1, 3), _kernels),
+    "merge-latency": Stage("The merge phase, Fishers at hand", (4, 10), _merges),
+    "collection": Stage("Calibration against bare passes and peers", (2, 10), _collection),
+    "collection-base": Stage("Calibration on a real model", (2, 8), _collection_of_base, needs_base=True),
+    "scaling": Stage("How calibration and merge grow", (4, 15), _scaling),
+    "add-weighted-adapter": Stage("PEFT's own function and the drop-in", (2, 3), _drop_in),
     "sketch": Stage("A sketch of the base model against exact factors", (6, 10), _sketch, needs_base=True),
     "profiles": Stage("Profiles of every phase", (1, 1), _profiles),
+    "early-stopping": Stage("Stopping when converged, on a real model", (5, 20), _stopping, needs_base=True),
 }
 
 

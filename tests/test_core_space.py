@@ -166,7 +166,7 @@ def test_singular_triplets_of_ill_conditioned_cores(rows, columns):
     left, right = (
         torch.linalg.qr(torch.randn(4, n, 5, generator=generator, dtype=torch.float64)).Q for n in (rows, columns)
     )
-    exact = torch.tensor([3.0, 1.0, 1e-4, 3e-7, 0.0], dtype=torch.float64)
+    exact = torch.tensor([3.0, 1.0, 1e-4, 9e-7, 0.0], dtype=torch.float64)
     cores = left * exact @ right.mT
     cores[3] = 0.0
     P, values, Q = _singular_triplets(cores)
