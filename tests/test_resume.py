@@ -91,12 +91,14 @@ def test_killed_runs_end_with_the_same_bits_many_times(tmp_path, structure):
 
 @pytest.mark.parametrize("structure", ["kfac", "block", "global"])
 def test_another_number_of_processes_goes_on(tmp_path, structure):
-    out, chance = tmp_path / "f.safetensors", random.Random(structure)
+    out = tmp_path / "f.safetensors"
     for size in (3, 2):
-        started, store = start_together(tmp_path, size, collect_into, structure, out, 1, 0.05)
+        started, store = start_together(tmp_path, size, collect_into, structure, out, 1, 0.1)
         before = savings(out)
+        # Killed at once: with eleven batches, a later kill may leave the next round too little to save twice.
         wait_until(lambda before=before: len(savings(out) - before) > 1)
-        kill_at_random(started, out, chance)
+        for process in started:
+            process.kill(signal.SIGKILL)
         outcomes = [process.join() for process in started]
         del store
         assert any(outcome["exit"] == -9 for outcome in outcomes)
