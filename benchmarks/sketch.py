@@ -29,6 +29,8 @@ from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 from measuring import machine
+from rich.console import Console
+from rich.table import Table
 from torch import Tensor
 
 from sstmerge.adapters import CoreSpace
@@ -64,6 +66,14 @@ OPTIONS = CollectionOptions(reference="base", response_tokens=6, draws=2)
 COMPARED_DIRECTIONS = 64
 PROBED_LAYERS = (0, 14, 29)
 PROBED_MODULES = ("self_attn.q_proj", "mlp.down_proj")
+ERRORS = ("gain X", "gain D", "cost X", "cost D")
+MERGE_COLUMNS = {
+    "overlap_of_best": "overlap of the best directions",
+    "cosine_of_steps": "cosine of the steps",
+    "gain_energy_over_that_of_exact_merge": "gain energy kept",
+    "kl_over_kl_of_exact_merge": "KL / exact merge's",
+    "predicted_kl_over_exact_kl_of_the_same_step": "KL predicted / exact",
+}
 
 
 # ---- data and sketches -----------------------------------------------------------------------------------------------
@@ -323,6 +333,26 @@ def draw(results: dict) -> Figure:
     return figure
 
 
+def tables(results: dict) -> list[Table]:
+    """Return what a reader looks for first: errors and merges by rank beside those of split halves, and the times."""
+    errors = Table(title="Relative error of the factors, median over layers (90 % quantile)")
+    merges = Table(title="The default merge of a sketch against that of exact factors")
+    for table, columns in ((errors, ERRORS), (merges, MERGE_COLUMNS.values())):
+        table.add_column("rank")
+        for column in columns:
+            table.add_column(column, justify="right")
+    rows = [(str(entry["rank"]), entry["covariances"]["diagonal"], entry["merge"]) for entry in results["ranks"]]
+    halves = results["halves"]
+    for name, covariances, merge in (*rows, ("exact halves", halves["covariances"], halves["merge"])):
+        found = [covariances[what][side] for what, side in map(str.split, ERRORS)]
+        errors.add_row(name, *(f"{error['median']:.3f} ({error['q90']:.3f})" for error in found))
+        merges.add_row(name, *(f"{merge[key]:.3f}" for key in MERGE_COLUMNS))
+    times = Table("step", "processor s", "clock s", title="Times")
+    for name, taken in results["seconds"].items():
+        times.add_row(name, f"{taken['process_seconds']:.3f}", f"{taken['seconds']:.3f}")
+    return [errors, merges, times]
+
+
 def timed(call: Callable[[], object]) -> tuple[object, dict[str, float]]:
     """Return a call's result with its wall and processor time."""
     wall, process = time.perf_counter(), time.process_time()
@@ -409,6 +439,9 @@ def main() -> None:
     if arguments.out:
         write_json(results, arguments.out)
         draw(results).savefig(arguments.out.with_suffix(".png"), dpi=150)
+    console = Console()
+    for table in tables(results):
+        console.print(table)
 
 
 if __name__ == "__main__":
