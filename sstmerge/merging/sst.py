@@ -99,10 +99,12 @@ class Merge:
     Attributes:
         core: Coordinates, shape (D,), float64.
         report: What was kept.
+        kept: Which directions of the spectrum have a part in the change, shape (m,), bool.
     """
 
     core: Tensor
     report: MergeReport
+    kept: Tensor
 
 
 def parse_rule(name: str) -> Rule:
@@ -163,7 +165,8 @@ def merge_cores(
             scale = _scale_for(spectrum, change, selection.budget)
     change.mul_(scale)
     in_eigenbasis = coordinates, (weights * coordinates).mul_(scale)
-    return Merge(utility + change, report(spectrum, source, change, in_eigenbasis, weights, rule, scale, mu))
+    summary = report(spectrum, source, change, in_eigenbasis, weights, rule, scale, mu)
+    return Merge(utility + change, summary, weights != 0)
 
 
 def report(

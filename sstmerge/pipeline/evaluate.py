@@ -223,7 +223,7 @@ def measured_kl(
             with merged_state():
                 merged = _response_logits(model, batch_on_device)
             weight = batch_on_device.weight.double().repeat_interleave(batch_on_device.loss_mask.sum(dim=1))
-            divergence += float((_kl_rows(reference, merged).double() * weight).sum())
+            divergence += float((kl_rows(reference, merged).double() * weight).sum())
             tokens += float(weight.sum())
             if progress is not None:
                 progress(len(batch.index))
@@ -270,7 +270,7 @@ def _response_logits(model: PreTrainedModel, batch: Batch) -> Tensor:
     return logits[:, :-1][batch.loss_mask[:, 1:]]
 
 
-def _kl_rows(reference: Tensor, merged: Tensor) -> Tensor:
+def kl_rows(reference: Tensor, merged: Tensor) -> Tensor:
     """Return KL(softmax(reference) ‖ softmax(merged)) of every row, (tokens,) float32, in nats."""
     rows = []
     for p, q in zip(reference.split(ROWS_PER_CHUNK), merged.split(ROWS_PER_CHUNK), strict=True):

@@ -242,8 +242,9 @@ def merge_in_part(
     merged = merge_cores(spectrum, utility, safety, rule=rule, scale=scale, selection=selection)
     report = replace(merged.report, warnings=(*notes, *merged.report.warnings))
     if part is roles.space:
-        return Merge(merged.core, report)
-    return Merge(roles.utility + roles.space.embed(merged.core - utility, part), report)
+        return replace(merged, report=report)
+    core = roles.utility + roles.space.embed(merged.core - utility, part)
+    return replace(merged, core=core, report=report)
 
 
 def merge_from_fishers(

@@ -17,12 +17,16 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from sstmerge.errors import InputError
+from sstmerge.adapters import CoreSpace
+from sstmerge.errors import DataError, InputError
+from sstmerge.evaluation.generate import evaluating
 from sstmerge.fisher import Batch, collect_fisher, installed_taps
+from sstmerge.fisher.head import Head
+from sstmerge.fisher.placement import input_device
 from sstmerge.gevp import Spectrum
 from sstmerge.merging import Merge, Rule, Selection, merge_cores
 from sstmerge.merging.sst import report
-from sstmerge.pipeline.evaluate import mean_log_likelihood, measured_kl
+from sstmerge.pipeline.evaluate import kl_rows, mean_log_likelihood
 from sstmerge.pipeline.progress import Progress, no_progress
 
 # By how much the measured KL may exceed its limit, as a factor, and how often a trial is drawn back before it is given up.
@@ -85,8 +89,9 @@ def refit_cores(
         The merged point; its report has one warning if no step was accepted.
     """
     start = merge_cores(spectrum, utility, safety, rule=Rule.PROJECT, scale=scale, selection=selection)
-    origin = spectrum.coordinates(start.core - utility)
-    mask = (origin != 0).double()
+    # Coordinates of directions that are not kept are zero but for rounding.
+    mask = start.kept.double()
+    origin = mask * spectrum.coordinates(start.core - utility)
     trials = options.steps * (options.halvings + 1)
     search = _Search(model, spectrum, utility, harm, benign)
     spent = search.measured_kl(start.core)
@@ -128,7 +133,7 @@ def refit_cores(
     if not accepted:
         sentence = "No refit step stayed within the measured KL limit and raised the refusals' likelihood."
         summary = replace(summary, warnings=(*summary.warnings, sentence))
-    return Merge(utility + change, summary)
+    return Merge(utility + change, summary, start.kept)
 
 
 def _within(vector: Tensor, longest: float) -> Tensor:
@@ -147,7 +152,7 @@ class _Search:
         self.space = spectrum.space
         self.utility = utility
         self.harm = harm
-        self.benign = benign
+        self.measured_kl = _Divergence(model, spectrum.space, utility, benign)
 
     def core(self, point: Tensor) -> Tensor:
         """Return φ_u + Σ c_i v_i for coordinates c (m,), shape (D,)."""
@@ -174,11 +179,42 @@ class _Search:
             point = point * (limit / spent) ** (0.5 * (attempt + 1))
         return None
 
-    def measured_kl(self, core: Tensor) -> float:
-        """Return KL(utility model ‖ merged model) in nats per benign response token."""
-        return measured_kl(
-            self.model,
-            self.benign,
-            lambda: installed_taps(self.model, self.space, self.utility),
-            lambda: installed_taps(self.model, self.space, core),
-        )
+
+class _Divergence:
+    """KL(utility model ‖ merged model) in nats per benign response token; `measured_kl` for many merged models.
+
+    Of the utility model the hidden states below the output head are kept, d numbers a response token, so that a trial takes
+    one pass and not two.
+    """
+
+    def __init__(self, model: nn.Module, space: CoreSpace, utility: Tensor, batches: Sequence[Batch]) -> None:
+        self._model, self._space, self._utility = model, space, utility
+        self._head = Head(model)
+        self._batches = [batch.to(input_device(model)) for batch in batches]
+        if not any(bool(batch.loss_mask[:, 1:].any()) for batch in batches):
+            raise DataError("The KL cannot be measured: no benign batch holds a response token.")
+        with evaluating(model):
+            self._hidden = [self._at(utility, batch) for batch in self._batches]
+
+    def __call__(self, core: Tensor) -> float:
+        """Return the KL of the merged model at a point, shape (D,)."""
+        divergence = tokens = 0.0
+        with evaluating(self._model):
+            for batch, utility in zip(self._batches, self._hidden, strict=True):
+                merged = self._at(core, batch)
+                # The head itself may be adapted.
+                with installed_taps(self._model, self._space, self._utility):
+                    reference = self._head.logits(utility)
+                with installed_taps(self._model, self._space, core):
+                    logits = self._head.logits(merged)
+                weight = batch.weight.double().repeat_interleave(batch.loss_mask[:, 1:].sum(dim=1))
+                divergence += float((kl_rows(reference, logits).double() * weight).sum())
+                tokens += float(weight.sum())
+        return divergence / tokens
+
+    def _at(self, core: Tensor, batch: Batch) -> Tensor:
+        """Return the hidden states at the positions that predict a response token, (tokens, d)."""
+        captured: list[Tensor] = []
+        with installed_taps(self._model, self._space, core), self._head.capturing(captured):
+            self._model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+        return captured[0][:, :-1][batch.loss_mask[:, 1:]]
