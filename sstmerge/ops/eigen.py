@@ -101,7 +101,8 @@ def generalized_eigh(
 def eigh(matrices: Tensor) -> tuple[Tensor, Tensor]:
     """Solve the symmetric eigenproblems of a batch: `generalized_eigh` with the identity.
 
-    On a CPU that is several times as fast as `torch.linalg.eigh`, which solves one problem after another.
+    On a CPU that is several times as fast as `torch.linalg.eigh`, which solves one problem after another. On a GPU it waits
+    for the device, to know that all problems were solved.
 
     Args:
         matrices: Symmetric matrices, shape (..., n, n), float32 or float64; only the lower triangles are read.
