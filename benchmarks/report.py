@@ -99,9 +99,9 @@ STAGES = {
     "collection-base": Stage("Calibration on a real model", (2, 8), _collection_of_base, needs_base=True),
     "scaling": Stage("How calibration and merge grow", (4, 15), _scaling),
     "add-weighted-adapter": Stage("PEFT's own function and the drop-in", (2, 3), _drop_in),
-    "sketch": Stage("A sketch of the base model against exact factors", (6, 10), _sketch, needs_base=True),
+    "sketch": Stage("A sketch of the base model against exact factors", (6, 6), _sketch, needs_base=True),
     "profiles": Stage("Profiles of every phase", (1, 1), _profiles),
-    "early-stopping": Stage("Stopping when converged, on a real model", (5, 20), _stopping, needs_base=True),
+    "early-stopping": Stage("Stopping when converged, on a real model", (5, 25), _stopping, needs_base=True),
 }
 
 
