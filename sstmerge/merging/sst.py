@@ -198,8 +198,9 @@ def report(
     kept = weights > 0.5
     # No direction that is not listed has a gain.
     whole_gain, gain = (_gain_energy(spectrum.eigenvalues, c) for c in coordinates)
-    # A sum of booleans would convert them all to int64 first; their count does not.
-    per_layer = [core.count_nonzero() for part in space.split(kept) for core in part] if spectrum.complete else []
+    # Summed as they are, booleans would all be converted to int64 first.
+    parts = space.split(kept) if spectrum.complete else []
+    counts = [part.view(torch.int8).sum(dim=(1, 2), dtype=torch.int32) for part in parts]
     norms = torch.cat([torch.linalg.vector_norm(part, dim=(1, 2)) for part in space.split(change)])
     effective = spectrum.gain.counts.effective_sequences, spectrum.cost.counts.effective_sequences
     predicted_kl = 0.5 * spectrum.cost.quadratic(change)
@@ -218,9 +219,7 @@ def report(
         norm=float(change.norm()),
         norm_task_arithmetic=abs(scale) * float(source.norm()),
         directions_per_layer=(
-            {n: c for n, c in zip(space.layer_names, torch.stack(per_layer).tolist(), strict=True) if c}
-            if per_layer
-            else {}
+            {n: c for n, c in zip(space.layer_names, torch.cat(counts).tolist(), strict=True) if c} if counts else {}
         ),
         norm_per_layer=dict(zip(space.layer_names, norms.tolist(), strict=True)),
         spectrum=largest(spectrum.eigenvalues, min(64, len(spectrum.eigenvalues))).tolist(),
