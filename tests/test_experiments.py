@@ -74,7 +74,7 @@ def tiny(modules):
     )
 
 
-def test_safety_tax_runs_through_and_resumes(modules, model, data, tmp_path):
+def test_safety_tax_runs_through_and_resumes(modules, model, data, tmp_path, monkeypatch):
     said = []
     config = tiny(modules)
     bench = modules["workbench"].Workbench(model, data, tmp_path / "out", said.append)
@@ -110,14 +110,21 @@ def test_safety_tax_runs_through_and_resumes(modules, model, data, tmp_path):
     # 18 methods at 2 scales).
     assert len(said) == len(results["manifest"]["stages"]) == 2 * (2 + 3 + 3 + 3 + 36)
 
-    # Again, with every method there is: only the new ones are run.
+    assert results["manifest"]["stages of other source code"] == []
+
+    # Again, with every method there is and a changed source file: only the new ones are run, and what is kept is told.
     said.clear()
+    monkeypatch.setattr(modules["stages"], "source_digest", lambda: "other")
     more = replace(config, methods=None, scales=(0.5,), seeds=(0,))
     bench = modules["workbench"].Workbench(model, data, tmp_path / "out", said.append)
     again = modules["safety_tax"].SafetyTax(bench, tmp_path / "out", more)
     again.run()
     assert len(again.listed) > 25
-    assert said == ["point …"] * (len(again.listed) - len(names))
+    new = len(again.listed) - len(names)
+    assert said[:-1] == ["point …"] * new
+    assert said[-1].startswith(
+        f"{len(bench.stages.records) - new} of {len(bench.stages.records)} stages were computed by other"
+    )
     wider = json.loads((tmp_path / "out" / "results.json").read_text())
     assert set(names) < set(wider["metrics"]) == {candidate.name for candidate in again.listed}
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+import sstmerge
 from sstmerge.atomic import atomic_directory
 from sstmerge.pipeline.evaluate import write_json
 
@@ -41,14 +42,30 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
+def source_digest() -> str:
+    """Return 16 hexadecimal digits of the SHA-256 of the package's and the experiments' source files."""
+    folders = (Path(sstmerge.__file__).parent, Path(__file__).parent)
+    files = [path for folder in folders for path in sorted(folder.rglob("*.py")) + sorted(folder.glob("*.so"))]
+    return digest([[path.name, file_digest(path)] for path in files])
+
+
 class Stages:
-    """A folder of finished stages."""
+    """A folder of finished stages.
+
+    Attributes:
+        folder: Where they are.
+        records: What every stage that was asked for depends on, by the name of its folder.
+        of_other_source: Those of them that other source code than today's has computed.
+    """
 
     def __init__(self, folder: Path, say: Callable[[str], None]) -> None:
         self.folder = folder
         self.records: dict[str, dict[str, Any]] = {}
+        self.of_other_source: list[str] = []
         self._say = say
         self._common = {"versions": versions(), "threads": torch.get_num_threads()}
+        # Not part of the hash: any comment would cost hours. Whoever reads the result is told instead.
+        self._source = source_digest()
 
     def run(self, name: str, inputs: dict[str, Any], compute: Callable[[Path], None]) -> Path:
         """Return the folder of a stage; compute it if it is not there.
@@ -69,6 +86,9 @@ class Stages:
             with atomic_directory(folder, overwrite=True) as temporary:
                 compute(temporary)
                 record = {"stage": name, "inputs": inputs, "seconds": round(time.perf_counter() - started, 2)}
-                write_json(record | self._common, temporary / RECORD)
-        self.records[folder.name] = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+                write_json(record | self._common | {"source": self._source}, temporary / RECORD)
+        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        if folder.name not in self.records and record.get("source") != self._source:
+            self.of_other_source.append(folder.name)
+        self.records[folder.name] = record
         return folder

@@ -70,7 +70,7 @@ class Workbench:
     """
 
     def __init__(self, model: str, data: Path | None, out: Path, say: Callable[[str], None]) -> None:
-        self._name, self.data = model, data
+        self._name, self.data, self._say = model, data, say
         self.stages = Stages(out / "stages", say)
         self.tokenizer, self.model = load_tokenizer(model), load_model(model)
         weights = sorted(Path(model).glob("*.safetensors"))
@@ -211,6 +211,11 @@ class Workbench:
 
     def manifest(self, experiment: str, config: Any, **more: Any) -> dict[str, Any]:
         """Return what made a result: model, options, machine, versions and stages."""
+        if others := self.stages.of_other_source:
+            self._say(
+                f"{len(others)} of {len(self.stages.records)} stages were computed by other source code than today's; the "
+                "manifest lists them. Delete those that the change concerns, and run again."
+            )
         return {
             "experiment": experiment,
             "model": self.model_key,
@@ -219,6 +224,7 @@ class Workbench:
             "versions": versions(),
             "threads": torch.get_num_threads(),
             **more,
+            "stages of other source code": self.stages.of_other_source,
             "stages": self.stages.records,
         }
 
