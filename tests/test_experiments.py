@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from sstmerge.adapters import CoreSpace
 from sstmerge.errors import DataError
 
 EXPERIMENTS = Path(__file__).parents[1] / "benchmarks" / "experiments"
@@ -210,7 +211,17 @@ def test_fidelity_runs_through_and_resumes(modules, model, data, tmp_path):
     assert page.count("| utility | ") == len(rows) // 2
 
 
-def test_many_experts_runs_through_and_resumes(modules, model, data, tmp_path):
+class OtherBases:
+    """Spaces with one basis turned round, as other code or another machine may find it."""
+
+    @staticmethod
+    def of(adapters):
+        space = CoreSpace.of(adapters)
+        tensors = {name: -t if name == "basis.output.0" else t for name, t in space.basis_tensors().items()}
+        return CoreSpace.from_basis(adapters, space.basis_description(), tensors)
+
+
+def test_many_experts_runs_through_and_resumes(modules, model, data, tmp_path, monkeypatch):
     many, said = modules["many_experts"], []
     for name, words in (("TREC.train.all", "x"), ("TREC.test.all", "y")):
         (data / name).write_text("\n".join(f"{i % 6} What is {words} {i} ?" for i in range(30)))
@@ -248,6 +259,10 @@ def test_many_experts_runs_through_and_resumes(modules, model, data, tmp_path):
     assert "| sst_experts | " in (tmp_path / "out" / "many_experts.md").read_text()
     fewer = many.ManyExperts(bench, data, tmp_path, replace(config, counts=(2,))).rows(0)
     assert fewer == {task: rows for task, rows in experiment.rows(0).items() if task in fewer}
+    # Coordinates in other bases mean something else: such a Fisher once passed for the space's own.
+    monkeypatch.setattr(many, "CoreSpace", OtherBases)
+    with pytest.raises(DataError, match=r"own-fisher-sst2-.* delete that folder and run again"):
+        experiment.run()
     with pytest.raises(modules["many_experts"].DataError, match="4 experts need as many tasks, but 3"):
         many.ManyExperts(bench, data, tmp_path, replace(config, counts=(4,)))
 

@@ -16,7 +16,7 @@ from stages import Stages, digest, file_digest, versions
 
 from sstmerge.adapters import Adapter, CoreSpace, load_adapter
 from sstmerge.demo.train_adapters import ALL_LINEAR, Recipe, fit_adapter
-from sstmerge.errors import SSTMergeError
+from sstmerge.errors import DataError, FisherError, SSTMergeError
 from sstmerge.fisher import Fisher, collect_fisher
 from sstmerge.pipeline.calibration import CollectionOptions, batches_of, collect_pair, refused
 from sstmerge.pipeline.models import load_model, load_tokenizer
@@ -143,8 +143,8 @@ class Workbench:
             "adapters": stage_names(folders),
         }
         folder = self.stages.run(f"fishers-{options.structure}", inputs, compute)
-        found = [Fisher.load(folder / f"{name}.safetensors", space.adapters) for name in PAIR]
-        return found[0], found[1]
+        gain_fisher, cost_fisher = (_kept(folder, name, space) for name in PAIR)
+        return gain_fisher, cost_fisher
 
     def refusal_fisher(
         self, gain: list[Example], benign: list[Example], options: CollectionOptions, space: CoreSpace, folders: Folders
@@ -172,7 +172,7 @@ class Workbench:
             "adapters": stage_names(folders),
         }
         folder = self.stages.run(f"refusal-fisher-{options.structure}", inputs, compute)
-        return Fisher.load(folder / "refusals.safetensors", space.adapters)
+        return _kept(folder, "refusals", space)
 
     def own_fisher(
         self,
@@ -207,7 +207,7 @@ class Workbench:
             "seed": seed,
         }
         folder = self.stages.run(f"own-fisher-{role}", inputs, compute)
-        return Fisher.load(folder / "own.safetensors", space.adapters)
+        return _kept(folder, "own", space)
 
     def manifest(self, experiment: str, config: Any, **more: Any) -> dict[str, Any]:
         """Return what made a result: model, options, machine, versions and stages."""
@@ -239,6 +239,17 @@ class Workbench:
                     self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
             elapsed = time.perf_counter() - started
         return elapsed / len(rows)
+
+
+def _kept(folder: Path, name: str, space: CoreSpace) -> Fisher:
+    """Load a stage's Fisher; refuse one in other bases than the space's, whose coordinates would mean something else."""
+    try:
+        return Fisher.load(folder / f"{name}.safetensors", space.adapters).in_space(space)
+    except FisherError as error:
+        raise DataError(
+            f"The Fisher that is kept in '{folder}' does not fit the adapters' space (was it computed by other code or on "
+            f"another machine?); delete that folder and run again. {error}"
+        ) from error
 
 
 def _described(options: CollectionOptions) -> dict[str, Any]:
