@@ -138,8 +138,9 @@ def merge_cores(
 
     Args:
         spectrum: The solved pair of Fishers.
-        utility: φ_u, the (weighted sum of) utility adapters, shape (D,); may be zero.
-        safety: φ_s, shape (D,).
+        utility: φ_u, the (weighted sum of) utility adapters, shape (D,); may be zero. Coordinates in `spectrum.space`
+            (`spectrum.space.core(name)`), not in a space computed anew, whose bases may be others.
+        safety: φ_s, shape (D,), in the same space.
         rule: `project`, `wiener` or `joint`.
         scale: Factor a of the safety adapter, 1 by default. A budget sets it where directions (or μ) are chosen already;
             otherwise the budget sets the directions (or μ), and the scale only where even all of them cost less.

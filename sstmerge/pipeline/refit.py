@@ -76,8 +76,8 @@ def refit_cores(
     Args:
         model: The base model.
         spectrum: The solved pair of Fishers.
-        utility: φ_u, shape (D,).
-        safety: φ_s, shape (D,).
+        utility: φ_u, shape (D,), in `spectrum.space`.
+        safety: φ_s, shape (D,), in the same space.
         harm: Harmful prompts with refusals.
         benign: Benign prompts with responses.
         scale: Scale of the projected adapter that is the start.
