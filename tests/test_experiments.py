@@ -59,6 +59,11 @@ def data(tmp_path):
     return folder
 
 
+@pytest.fixture
+def sets(modules, data):
+    return modules["prompts"].DataSets(data)
+
+
 def tiny(modules):
     sizes = modules["prompts"].Sizes(safety=8, utility=8, calibration=4, test=4, task_test=6)
     return replace(
@@ -75,10 +80,10 @@ def tiny(modules):
     )
 
 
-def test_safety_tax_runs_through_and_resumes(modules, model, data, tmp_path, monkeypatch):
+def test_safety_tax_runs_through_and_resumes(modules, model, sets, tmp_path, monkeypatch):
     said = []
     config = tiny(modules)
-    bench = modules["workbench"].Workbench(model, data, tmp_path / "out", said.append)
+    bench = modules["workbench"].Workbench(model, sets, tmp_path / "out", said.append)
     experiment = modules["safety_tax"].SafetyTax(bench, tmp_path / "out", config)
     assert experiment.estimate() > 0
     experiment.run()
@@ -117,7 +122,7 @@ def test_safety_tax_runs_through_and_resumes(modules, model, data, tmp_path, mon
     said.clear()
     monkeypatch.setattr(modules["stages"], "source_digest", lambda: "other")
     more = replace(config, methods=None, scales=(0.5,), seeds=(0,))
-    bench = modules["workbench"].Workbench(model, data, tmp_path / "out", said.append)
+    bench = modules["workbench"].Workbench(model, sets, tmp_path / "out", said.append)
     again = modules["safety_tax"].SafetyTax(bench, tmp_path / "out", more)
     again.run()
     assert len(again.listed) > 25
@@ -130,9 +135,9 @@ def test_safety_tax_runs_through_and_resumes(modules, model, data, tmp_path, mon
     assert set(names) < set(wider["metrics"]) == {candidate.name for candidate in again.listed}
 
 
-def test_prompts_are_disjoint_and_seeds_draw_others(modules, data):
+def test_prompts_are_disjoint_and_seeds_draw_others(modules, sets):
     sizes = modules["prompts"].Sizes(safety=8, utility=8, calibration=4, test=4, task_test=6)
-    first, second = (modules["prompts"].draw_prompts(data, ["sst2"], sizes, seed) for seed in (0, 1))
+    first, second = (modules["prompts"].draw_prompts(sets, ["sst2"], sizes, seed) for seed in (0, 1))
     assert first.test == second.test
     assert first.tasks == second.tasks
     assert first.safety != second.safety
@@ -179,7 +184,7 @@ def test_metrics_of_a_made_up_experiment(modules):
     assert found["sst free"]["pearson of safety and utility"] is None
 
 
-def test_fidelity_runs_through_and_resumes(modules, model, data, tmp_path):
+def test_fidelity_runs_through_and_resumes(modules, model, sets, tmp_path):
     fidelity, said = modules["fidelity"], []
     config = replace(
         fidelity.QUICK,
@@ -189,7 +194,7 @@ def test_fidelity_runs_through_and_resumes(modules, model, data, tmp_path):
         resamples=20,
     )
     for _ in range(2):
-        bench = modules["workbench"].Workbench(model, data, tmp_path / "out", said.append)
+        bench = modules["workbench"].Workbench(model, sets, tmp_path / "out", said.append)
         experiment = fidelity.Fidelity(bench, tmp_path / "out", config)
         assert experiment.estimate() > 0
         experiment.run()
@@ -221,7 +226,7 @@ class OtherBases:
         return CoreSpace.from_basis(adapters, space.basis_description(), tensors)
 
 
-def test_many_experts_runs_through_and_resumes(modules, model, data, tmp_path, monkeypatch):
+def test_many_experts_runs_through_and_resumes(modules, model, data, sets, tmp_path, monkeypatch):
     many, said = modules["many_experts"], []
     for name, words in (("TREC.train.all", "x"), ("TREC.test.all", "y")):
         (data / name).write_text("\n".join(f"{i % 6} What is {words} {i} ?" for i in range(30)))
@@ -238,8 +243,8 @@ def test_many_experts_runs_through_and_resumes(modules, model, data, tmp_path, m
         resamples=20,
     )
     for _ in range(2):
-        bench = modules["workbench"].Workbench(model, data, tmp_path / "out", said.append)
-        experiment = many.ManyExperts(bench, data, tmp_path / "out", config)
+        bench = modules["workbench"].Workbench(model, sets, tmp_path / "out", said.append)
+        experiment = many.ManyExperts(bench, tmp_path / "out", config)
         assert experiment.estimate() > 0
         experiment.run()
     # Once each: 3 experts, and alone; for each T the Fisher of each expert, the base, one method at 2 scales, two at 4.
@@ -257,33 +262,33 @@ def test_many_experts_runs_through_and_resumes(modules, model, data, tmp_path, m
         right = [answered * accuracy for accuracy in row["by task"][many.PLAIN].values()]
         assert right == pytest.approx(np.round(right))
     assert "| sst_experts | " in (tmp_path / "out" / "many_experts.md").read_text()
-    fewer = many.ManyExperts(bench, data, tmp_path, replace(config, counts=(2,))).rows(0)
+    fewer = many.ManyExperts(bench, tmp_path, replace(config, counts=(2,))).rows(0)
     assert fewer == {task: rows for task, rows in experiment.rows(0).items() if task in fewer}
     # Coordinates in other bases mean something else: such a Fisher once passed for the space's own.
     monkeypatch.setattr(many, "CoreSpace", OtherBases)
     with pytest.raises(DataError, match=r"own-fisher-sst2-.* delete that folder and run again"):
         experiment.run()
     with pytest.raises(modules["many_experts"].DataError, match="4 experts need as many tasks, but 3"):
-        many.ManyExperts(bench, data, tmp_path, replace(config, counts=(4,)))
+        many.ManyExperts(bench, tmp_path, replace(config, counts=(4,)))
 
 
-def test_second_test_has_nothing_in_common_with_anything_else(modules, data, monkeypatch):
+def test_second_test_has_nothing_in_common_with_anything_else(modules, sets, monkeypatch):
     prompts = modules["prompts"]
     sizes = prompts.Sizes(safety=8, utility=8, calibration=4, test=4, task_test=6)
-    first = prompts.draw_prompts(data, ["sst2"], sizes, 0)
+    first = prompts.draw_prompts(sets, ["sst2"], sizes, 0)
     monkeypatch.setattr(prompts, "DEVELOPMENT", 2)
-    second = prompts.with_second_test(first, data, 3)
+    second = prompts.with_second_test(first, sets, 3)
     assert (second.safety, second.gain, second.cost) == (first.safety, first.gain, first.cost)
     for kind, rows in second.test.items():
         fresh = {e.prompt for e in rows}
         assert len(fresh) == 3
         assert not fresh & {e.prompt for e in (*first.test[kind], *first.safety, *first.gain, *first.cost)}
     with pytest.raises(DataError, match="4 prompts are needed, but only 3"):
-        prompts.with_second_test(first, data, 4)  # nine, less four of the test and two of the development
+        prompts.with_second_test(first, sets, 4)  # nine, less four of the test and two of the development
 
 
-def test_candidates_are_chosen_by_name(modules, model, data, tmp_path):
-    bench = modules["workbench"].Workbench(model, data, tmp_path / "out", lambda words: None)
+def test_candidates_are_chosen_by_name(modules, model, sets, tmp_path):
+    bench = modules["workbench"].Workbench(model, sets, tmp_path / "out", lambda words: None)
     experiment = modules["safety_tax"].SafetyTax
     config = replace(tiny(modules), candidates=("task_arithmetic", "sst kfac wiener"))
     assert [candidate.name for candidate in experiment(bench, tmp_path, config).listed] == list(config.candidates)

@@ -31,6 +31,7 @@ from workbench import (
     Training,
     Workbench,
     common_arguments,
+    data_sets,
     in_words,
     rows_key,
     stage_names,
@@ -287,7 +288,9 @@ def main() -> None:
     say = stopwatch()
 
     def run() -> None:
-        experiment = Fidelity(Workbench(arguments.model, arguments.data, arguments.out, say), arguments.out, config)
+        experiment = Fidelity(
+            Workbench(arguments.model, data_sets(arguments), arguments.out, say), arguments.out, config
+        )
         say(f"From scratch this takes about {experiment.estimate() / 60:.0f} minutes on this machine.")
         if not arguments.estimate_only:
             experiment.run()

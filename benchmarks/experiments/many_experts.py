@@ -23,13 +23,13 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
-from workbench import Workbench, common_arguments, in_words, rows_key, stage_names, stopwatch
+from workbench import Workbench, common_arguments, data_sets, in_words, rows_key, stage_names, stopwatch
 
 from sstmerge import available_methods
 from sstmerge.adapters import Adapter, CoreSpace
 from sstmerge.errors import DataError
 from sstmerge.evaluation.classification import classify
-from sstmerge.evaluation.classification_tasks import CLASSIFICATION_TASKS, load_task
+from sstmerge.evaluation.classification_tasks import CLASSIFICATION_TASKS
 from sstmerge.evaluation.metrics import Interval, bootstrap, normalised_average_accuracy
 from sstmerge.evaluation.overlap import refuse_overlaps, without
 from sstmerge.fisher import Fisher
@@ -147,11 +147,10 @@ QUICK = Config(
 class ManyExperts:
     """One run of the experiment."""
 
-    def __init__(self, bench: Workbench, data: Path | None, out: Path, config: Config) -> None:
+    def __init__(self, bench: Workbench, out: Path, config: Config) -> None:
         if max(config.counts) > len(config.tasks):
             raise DataError(f"{max(config.counts)} experts need as many tasks, but {len(config.tasks)} are listed.")
         self.bench, self.out, self.config = bench, out, config
-        self._data = data
         runnable = [
             name
             for name, method in available_methods().items()
@@ -185,9 +184,9 @@ class ManyExperts:
         return found
 
     def _pools(self, task: str) -> tuple[list[Example], list[Example]]:
-        whole = "all" in CLASSIFICATION_TASKS[task].local.splits and self._data is not None
-        splits = ("all", "all") if whole else ("train", "test")
-        train, test = (_short(load_task(task, split, data=self._data)) for split in splits)
+        data = self.bench.data
+        splits = ("all", "all") if data.undivided(task) else ("train", "test")
+        train, test = (_short(data.task(task, split)) for split in splits)
         return train, test
 
     def scales(self, name: str) -> tuple[float, ...]:
@@ -414,8 +413,8 @@ def main() -> None:
     say = stopwatch()
 
     def run() -> None:
-        bench = Workbench(arguments.model, arguments.data, arguments.out, say)
-        experiment = ManyExperts(bench, arguments.data, arguments.out, config)
+        bench = Workbench(arguments.model, data_sets(arguments), arguments.out, say)
+        experiment = ManyExperts(bench, arguments.out, config)
         say(f"From scratch this takes about {experiment.estimate() / 60:.0f} minutes on this machine.")
         if not arguments.estimate_only:
             experiment.run()

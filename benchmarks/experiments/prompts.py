@@ -9,7 +9,7 @@ from pathlib import Path
 
 from sstmerge.demo.run import data_folder
 from sstmerge.errors import DataError
-from sstmerge.evaluation.classification_tasks import load_task
+from sstmerge.evaluation.classification_tasks import load_task, task_source
 from sstmerge.evaluation.data_sets import load_prompts
 from sstmerge.evaluation.overlap import refuse_overlaps, without
 from sstmerge.evaluation.refusal import Verdict, judge_refusal
@@ -19,6 +19,31 @@ LONGEST_PROMPT = 400  # characters, so that prompt and response fit into 256 tok
 # Prompts of each kind on which options of SST were chosen (dev/LOG.md), drawn with this seed from those outside the test.
 DEVELOPMENT, DEVELOPMENT_SEED = 90, 1
 TEST_SETS = {"harmful": "strongreject", "borderline": "xstest-safe", "ordinary": "refusal-direction-harmless"}
+
+
+@dataclass(frozen=True)
+class DataSets:
+    """Where the data sets are read from.
+
+    Attributes:
+        folder: Folder with their files (docs/EVALUATION.md); None for the hub.
+        missing_from_hub: Whether what the folder does not hold comes from the hub.
+    """
+
+    folder: Path | None
+    missing_from_hub: bool = False
+
+    def prompts(self, name: str, split: str = "test") -> list[Example]:
+        """Read a prompt set."""
+        return load_prompts(name, split, data=self.folder, missing_from_hub=self.missing_from_hub)
+
+    def task(self, name: str, split: str = "test") -> list[Example]:
+        """Read the examples of a classification task."""
+        return load_task(name, split, data=self.folder, missing_from_hub=self.missing_from_hub)
+
+    def undivided(self, task: str) -> bool:
+        """Whether a classification task has one split, "all"."""
+        return "all" in task_source(task, data=self.folder, missing_from_hub=self.missing_from_hub).splits
 
 
 @dataclass(frozen=True)
@@ -65,11 +90,11 @@ class Prompts:
     tasks: dict[str, list[Example]]
 
 
-def draw_prompts(data: Path | None, tasks: Sequence[str], sizes: Sizes, seed: int) -> Prompts:
+def draw_prompts(data: DataSets, tasks: Sequence[str], sizes: Sizes, seed: int) -> Prompts:
     """Draw the prompts of a seed.
 
     Args:
-        data: Folder with the files of the data sets (docs/EVALUATION.md); None fetches them from the hub where they are.
+        data: The data sets.
         tasks: Classification tasks.
         sizes: How many.
         seed: Seed of the training and calibration prompts; test prompts do not depend on it.
@@ -80,21 +105,20 @@ def draw_prompts(data: Path | None, tasks: Sequence[str], sizes: Sizes, seed: in
     Raises:
         DataError: If a set is too small, or two parts share a prompt.
     """
-    test = {kind: _draw(load_prompts(name, data=data), sizes.test, 0) for kind, name in TEST_SETS.items()}
-    task_tests = {task: _draw(load_task(task, data=data), sizes.task_test, 0) for task in tasks}
+    test = {kind: _draw(data.prompts(name), sizes.test, 0) for kind, name in TEST_SETS.items()}
+    task_tests = {task: _draw(data.task(task), sizes.task_test, 0) for task in tasks}
     tested = [*(e for s in test.values() for e in s), *(e for s in task_tests.values() for e in s)]
     refusals = [
         example
-        for example in load_prompts("safety-tuned-llamas", "train", data=data)
+        for example in data.prompts("safety-tuned-llamas", "train")
         if example.response and judge_refusal(example.response) is Verdict.FULL_REFUSAL
     ]
     harmful = _draw(without(_short(refusals), tested), sizes.safety + sizes.calibration, seed)
     ordinary_rows = sizes.safety + len(tasks) * (sizes.utility // 6) + sizes.calibration
-    alpaca = [e for e in load_prompts("alpaca", "train", data=data) if e.response]
+    alpaca = [e for e in data.prompts("alpaca", "train") if e.response]
     ordinary = _draw(without(_short(alpaca), tested, refusals), ordinary_rows, seed)
     task_rows = [
-        _draw(without(_short(load_task(t, "train", data=data)), tested), sizes.utility + sizes.calibration, seed)
-        for t in tasks
+        _draw(without(_short(data.task(t, "train")), tested), sizes.utility + sizes.calibration, seed) for t in tasks
     ]
     per_task = max(1, sizes.calibration // (2 * len(tasks)))
     borderline = without(load_examples(str(data_folder() / "borderline.jsonl"), split="calibration"), tested)
@@ -122,12 +146,12 @@ def draw_prompts(data: Path | None, tasks: Sequence[str], sizes: Sizes, seed: in
     return found
 
 
-def with_second_test(prompts: Prompts, data: Path | None, count: int) -> Prompts:
+def with_second_test(prompts: Prompts, data: DataSets, count: int) -> Prompts:
     """Return the same prompts with other test prompts, on which nothing was ever measured or chosen.
 
     Args:
         prompts: The prompts of a seed.
-        data: As in `draw_prompts`.
+        data: The data sets.
         count: Test prompts of each kind.
 
     Returns:
@@ -139,7 +163,7 @@ def with_second_test(prompts: Prompts, data: Path | None, count: int) -> Prompts
     used = [*prompts.safety, *prompts.utility, *prompts.gain, *prompts.cost, *prompts.more_benign]
     test = {}
     for kind, name in TEST_SETS.items():
-        rest = without(_short(load_prompts(name, data=data)), used, prompts.test[kind])
+        rest = without(_short(data.prompts(name)), used, prompts.test[kind])
         development = _draw(rest, DEVELOPMENT, DEVELOPMENT_SEED)
         test[kind] = _draw(without(rest, development), count, 0)
     return replace(prompts, test=test)

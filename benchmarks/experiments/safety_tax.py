@@ -8,7 +8,8 @@ calibrated on. Each stage is kept by the hash of its inputs in OUT/stages: call 
 seeds, and only what is missing is computed. The report is OUT/report.md with results.json and trade_off.png.
 
 `--data` is a folder with the files of docs/EVALUATION.md (StrongREJECT, XSTest, Safety-Tuned LLaMAs, Alpaca, the harmless
-instructions of refusal_direction, the tasks); without it they come from the hub as far as they are there.
+instructions of refusal_direction, the tasks); without it, or where it lacks one and `--missing-from-hub` is given, they come
+from the hub as far as they are there.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from workbench import (
     Training,
     Workbench,
     common_arguments,
+    data_sets,
     in_words,
     rows_key,
     stage_names,
@@ -324,7 +326,7 @@ def main() -> None:
     say = stopwatch()
 
     def run() -> None:
-        bench = Workbench(arguments.model, arguments.data, arguments.out, say)
+        bench = Workbench(arguments.model, data_sets(arguments), arguments.out, say)
         experiment = SafetyTax(bench, arguments.out, config)
         say(f"From scratch this takes about {experiment.estimate() / 60:.0f} minutes on this machine.")
         if not arguments.estimate_only:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from prompts import Prompts, Sizes, draw_prompts
+from prompts import DataSets, Prompts, Sizes, draw_prompts
 from stages import Stages, digest, file_digest, versions
 
 from sstmerge.adapters import Adapter, CoreSpace, load_adapter
@@ -64,12 +64,12 @@ class Workbench:
     Attributes:
         model: The base model.
         tokenizer: Its tokenizer.
-        data: Folder with the data sets' files; None for the hub.
+        data: The data sets.
         model_key: What tells the model from others: hashes of its weight files, or its hub id.
         stages: The stages.
     """
 
-    def __init__(self, model: str, data: Path | None, out: Path, say: Callable[[str], None]) -> None:
+    def __init__(self, model: str, data: DataSets, out: Path, say: Callable[[str], None]) -> None:
         self._name, self.data, self._say = model, data, say
         self.stages = Stages(out / "stages", say)
         self.tokenizer, self.model = load_tokenizer(model), load_model(model)
@@ -272,6 +272,9 @@ def common_arguments(description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="base model: directory or hub id")
     parser.add_argument("--data", type=Path, help="folder with the data sets' files (default: from the hub)")
+    parser.add_argument(
+        "--missing-from-hub", action="store_true", help="fetch the data sets that the folder does not hold from the hub"
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder for stages and report")
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--quick", action="store_true", help="one seed and few prompts: proves the way, no more")
@@ -279,6 +282,11 @@ def common_arguments(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--seeds", type=int, nargs="+", help="seeds (default: those of the configuration)")
     parser.add_argument("--estimate-only", action="store_true", help="say how long it would take, and stop")
     return parser
+
+
+def data_sets(arguments: argparse.Namespace) -> DataSets:
+    """Return the data sets that the command line names."""
+    return DataSets(arguments.data, arguments.missing_from_hub)
 
 
 def stopwatch() -> Callable[[str], None]:

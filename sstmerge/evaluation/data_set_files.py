@@ -32,6 +32,7 @@ class Source:
         encoding: Encoding of a file.
         labels: Raw labels to the label words of a classification task.
         label_files: File names, like those of `splits`, of files that hold the label of each line of the split's file.
+        repository: GitHub repository ("owner/name") that has the files.
     """
 
     fields: Mapping[str, str]
@@ -45,6 +46,40 @@ class Source:
     encoding: str = "utf-8-sig"
     labels: Mapping[str, str] = field(default_factory=dict)
     label_files: Mapping[str, str] = field(default_factory=dict)
+    repository: str = ""
+
+    @property
+    def advice(self) -> str:
+        """Where to get the files, in words."""
+        place = f"it is in https://github.com/{self.repository}, " if self.repository else ""
+        return f"{place}docs/EVALUATION.md has all sources"
+
+    def is_in(self, data: Path) -> bool:
+        """Whether `data` is a file, or a folder that holds the file of a split."""
+        return data.is_file() or any(_held(data, names) for names in self.splits.values())
+
+
+def choose_source(name: str, *, hub: Source | None, local: Source, data: Path | None, missing_from_hub: bool) -> Source:
+    """Decide whether a data set is read from the hub or from files.
+
+    Args:
+        name: Its name, for messages.
+        hub: The data set on the hub; None where it is not there.
+        local: The data set as files.
+        data: A file, or a folder; None for the hub.
+        missing_from_hub: Whether what a folder does not hold comes from the hub.
+
+    Returns:
+        The source.
+
+    Raises:
+        DataError: If the hub is asked for what it does not have.
+    """
+    if data is not None and not (missing_from_hub and hub is not None and not local.is_in(data)):
+        return local
+    if hub is None:
+        raise DataError(f"The data set '{name}' is not on the hub; give its file: {local.advice}.")
+    return hub
 
 
 def source_rows(source: Source, split: str, *, name: str, data: Path | None) -> Iterator[tuple[str, Row]]:
@@ -54,7 +89,7 @@ def source_rows(source: Source, split: str, *, name: str, data: Path | None) -> 
         source: Where they are.
         split: One of the source's splits.
         name: Name of the data set, for messages.
-        data: A file, or a folder that holds the source's file at any depth; None for the hub.
+        data: A file, or a folder that holds the source's file at any depth; a source on the hub needs none.
 
     Yields:
         Where a row is from (as "strongreject.csv, row 3"), and the row with our field names, texts stripped.
@@ -64,13 +99,15 @@ def source_rows(source: Source, split: str, *, name: str, data: Path | None) -> 
     """
     if split not in source.splits:
         raise DataError(f"The data set '{name}' has no split '{split}'; choose one of {sorted(source.splits)}.")
-    if data is None:
-        origin, rows = str(source.hub_id), _hub_rows(source, source.splits[split], name)
+    if source.hub_id is not None:
+        origin, rows = source.hub_id, _hub_rows(source, source.hub_id, source.splits[split], name)
+    elif data is None:
+        raise DataError(f"The data set '{name}' is not on the hub; give its file: {source.advice}.")
     else:
-        path = _find(data, source.splits[split].split("|"), name)
+        path = _find(data, source, source.splits[split], name)
         origin, rows = path.name, _file_rows(path, source)
         if source.label_files:
-            labels = _find(data, source.label_files[split].split("|"), name)
+            labels = _find(data, source, source.label_files[split], name)
             rows = _labelled_lines(path, labels, source.encoding)
     for number, row in rows:
         where = f"{origin}, row {number}"
@@ -93,32 +130,36 @@ def either_or(words: list[str]) -> str:
     return words[0] if len(words) == 1 else either(words)
 
 
-def _find(data: Path, names: list[str], data_set: str) -> Path:
+def _find(data: Path, source: Source, known_names: str, data_set: str) -> Path:
     if data.is_file():
         return data
+    names = known_names.split("|")
     if not data.is_dir():
         raise DataError(
             f"'{data}' does not exist; give a file of '{data_set}' or a folder that holds {either_or(names)}."
         )
-    found = sorted(path for name in names for path in data.rglob(name))
+    found = _held(data, known_names)
     if not found:
         raise DataError(
-            f"The folder '{data}' holds no file {either_or(names)} of the data set '{data_set}'; docs/EVALUATION.md says "
-            "where to get it."
+            f"The folder '{data}' holds no file {either_or(names)} of the data set '{data_set}': {source.advice}."
         )
     if len(found) > 1:
-        raise DataError(f"The folder '{data}' holds several files of '{data_set}': {found}; name one of them.")
+        raise DataError(
+            f"The folder '{data}' holds several files of '{data_set}': {either(sorted(map(str, found)))}; name one."
+        )
     return found[0]
+
+
+def _held(folder: Path, known_names: str) -> list[Path]:
+    return sorted(path for name in known_names.split("|") for path in folder.rglob(name))
 
 
 # ---- hub -----------------------------------------------------------------------------------------------------------
 
 
-def _hub_rows(source: Source, split: str, name: str) -> Iterator[tuple[int, Row]]:
-    if source.hub_id is None:
-        raise DataError(f"The data set '{name}' is not on the hub; docs/EVALUATION.md says where to get its file.")
-    failure = f"The data set '{name}' cannot be loaded as {source.hub_id}"
-    return hub_rows(source.hub_id, split, failure=failure, config=source.config, revision=source.revision)
+def _hub_rows(source: Source, hub_id: str, split: str, name: str) -> Iterator[tuple[int, Row]]:
+    failure = f"The data set '{name}' cannot be loaded as {hub_id}"
+    return hub_rows(hub_id, split, failure=failure, config=source.config, revision=source.revision)
 
 
 # ---- files ---------------------------------------------------------------------------------------------------------

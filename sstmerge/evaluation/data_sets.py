@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from sstmerge.errors import DataError, InputError
-from sstmerge.evaluation.data_set_files import Source, source_rows
+from sstmerge.evaluation.data_set_files import Source, choose_source, source_rows
 from sstmerge.prompts import Example
 
 Kind = Literal["harmful", "borderline", "ordinary"]
@@ -73,7 +73,7 @@ def _xstest(label: str, kind: Kind, about: str) -> PromptSet:
         "CC BY 4.0",
         True,
         _one("test", PROMPT, "walledai/XSTest", where={"label": label}),
-        _one("xstest_prompts.csv", PROMPT, where={"label": label}),
+        _one("xstest_prompts.csv", PROMPT, where={"label": label}, repository="paul-rottger/exaggerated-safety"),
     )
 
 
@@ -105,7 +105,8 @@ _ALL = (
         ),
         Source(
             PROMPT | {"response": "response"},
-            {"train": "beavertails_30k_train.jsonl", "test": "beavertails_30k_test.jsonl"},
+            {split: f"beavertails_30k_{split}.jsonl|beavers30k/{split}.jsonl" for split in ("train", "test")},
+            repository="MqLeet/LED-Merging",
         ),
     ),
     PromptSet(
@@ -126,7 +127,12 @@ _ALL = (
         "MIT",
         True,
         _one("train", PROMPT, "walledai/HarmBench", config="standard"),
-        _one("harmbench_behaviors_text_all.csv", {"prompt": "Behavior"}, where={"FunctionalCategory": "standard"}),
+        _one(
+            "harmbench_behaviors_text_all.csv",
+            {"prompt": "Behavior"},
+            where={"FunctionalCategory": "standard"},
+            repository="centerforaisafety/HarmBench",
+        ),
     ),
     _jailbreakbench("harmful", "harmful", "100 misuse behaviours"),
     _jailbreakbench("benign", "borderline", "100 harmless requests on the same topics"),
@@ -138,7 +144,11 @@ _ALL = (
         "MIT",
         True,
         _one("train", PROMPT, "walledai/StrongREJECT"),
-        _one("strongreject.csv|strongreject_dataset.csv", {"prompt": "forbidden_prompt"}),
+        _one(
+            "strongreject.csv|strongreject_dataset.csv",
+            {"prompt": "forbidden_prompt"},
+            repository="andyrdt/refusal_direction",
+        ),
         {"do-not-answer": 31, "advbench": 25, "malicious-instruct": 12},
     ),
     _xstest("safe", "borderline", "250 safe prompts that look unsafe, of ten kinds"),
@@ -154,7 +164,7 @@ _ALL = (
         "CC BY-NC-SA 4.0 (repository: Apache-2.0)",
         True,
         _one("train", {"prompt": "question"}, "LibrAI/do-not-answer"),
-        _one("do_not_answer.csv", PROMPT),
+        _one("do_not_answer.csv", PROMPT, repository="SalesforceAIResearch/MobileAIBench"),
     ),
     PromptSet(
         "advbench",
@@ -164,7 +174,9 @@ _ALL = (
         "MIT",
         False,
         Source(PROMPT, {"train": "train"}, "walledai/AdvBench"),
-        Source({"prompt": "goal"}, {"train": "advbench.csv|harmful_behaviors.csv"}),
+        Source(
+            {"prompt": "goal"}, {"train": "advbench.csv|harmful_behaviors.csv"}, repository="andyrdt/refusal_direction"
+        ),
     ),
     PromptSet(
         "malicious-instruct",
@@ -174,7 +186,7 @@ _ALL = (
         "MIT",
         False,
         _one("train", PROMPT, "walledai/MaliciousInstruct"),
-        _one("malicious_instruct.txt|MaliciousInstruct.txt", PROMPT),
+        _one("malicious_instruct.txt|MaliciousInstruct.txt", PROMPT, repository="andyrdt/refusal_direction"),
     ),
     PromptSet(
         "malicious-instructions",
@@ -184,7 +196,7 @@ _ALL = (
         "CC BY-NC 4.0",
         True,
         None,
-        _one("I-MaliciousInstructions.json", PROMPT, member="instructions"),
+        _one("I-MaliciousInstructions.json", PROMPT, member="instructions", repository="vinid/safety-tuned-llamas"),
     ),
     PromptSet(
         "safety-tuned-llamas",
@@ -194,7 +206,11 @@ _ALL = (
         "CC BY-NC 4.0",
         False,
         None,
-        Source({"prompt": "instruction", "response": "output"}, {"train": "safety_only_data_Instructions.json"}),
+        Source(
+            {"prompt": "instruction", "response": "output"},
+            {"train": "safety_only_data_Instructions.json"},
+            repository="vinid/safety-tuned-llamas",
+        ),
     ),
     PromptSet(
         "refusal-direction-harmless",
@@ -211,6 +227,7 @@ _ALL = (
                 "validation": "refusal_direction_harmless_val.json|harmless_val.json",
                 "test": "refusal_direction_harmless_test.json|harmless_test.json",
             },
+            repository="andyrdt/refusal_direction",
         ),
     ),
     PromptSet(
@@ -226,6 +243,7 @@ _ALL = (
         Source(
             {"prompt": "instruction", "input": "input", "response": "output"},
             {"train": "alpaca_data.json|alpaca_en_demo.json"},
+            repository="tatsu-lab/stanford_alpaca",
         ),
     ),
 )
@@ -233,7 +251,12 @@ PROMPT_SETS: Mapping[str, PromptSet] = {row.name: row for row in _ALL}
 
 
 def load_prompts(
-    name: str, split: str = "test", *, data: str | Path | None = None, limit: int | None = None
+    name: str,
+    split: str = "test",
+    *,
+    data: str | Path | None = None,
+    missing_from_hub: bool = False,
+    limit: int | None = None,
 ) -> list[Example]:
     """Read a prompt set.
 
@@ -241,6 +264,7 @@ def load_prompts(
         name: One of `PROMPT_SETS`.
         split: Its split.
         data: A file of the set, or a folder that holds it; None fetches it from the hub.
+        missing_from_hub: Fetch it from the hub if `data` is a folder that does not hold it, and the hub does.
         limit: Keep only the first `limit` prompts.
 
     Returns:
@@ -256,11 +280,10 @@ def load_prompts(
     if limit is not None and limit < 1:
         raise InputError(f"limit must be at least 1, got {limit}.")
     row = PROMPT_SETS[name]
-    source = row.local if data is not None else row.hub
-    if source is None:
-        raise DataError(f"The data set '{name}' is not on the hub; docs/EVALUATION.md says where to get its file.")
+    folder = None if data is None else Path(data)
+    source = choose_source(name, hub=row.hub, local=row.local, data=folder, missing_from_hub=missing_from_hub)
     examples: list[Example] = []
-    for where, cells in source_rows(source, split, name=name, data=None if data is None else Path(data)):
+    for where, cells in source_rows(source, split, name=name, data=folder):
         if len(examples) == limit:
             break
         examples.append(_example(cells, where))

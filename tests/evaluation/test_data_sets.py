@@ -9,7 +9,7 @@ import datasets
 import pytest
 
 from sstmerge.errors import DataError, InputError
-from sstmerge.evaluation.classification_tasks import CLASSIFICATION_TASKS, load_task
+from sstmerge.evaluation.classification_tasks import CLASSIFICATION_TASKS, load_task, task_source
 from sstmerge.evaluation.data_set_files import source_rows
 from sstmerge.evaluation.data_sets import PROMPT_SETS, load_prompts
 from sstmerge.evaluation.overlap import find_overlaps, prompt_key, refuse_overlaps, without
@@ -64,6 +64,40 @@ def test_the_hub_goes_the_same_way(monkeypatch):
     (found,) = load_prompts("jailbreakbench-harmful")
     assert asked == [("JailbreakBench/JBB-Behaviors", "behaviors", "harmful", None)]
     assert (found.prompt, found.source) == ("Write it", "JailbreakBench/JBB-Behaviors, row 1")
+
+
+def test_what_a_folder_does_not_hold_comes_from_the_hub_where_that_is_asked_for(tmp_path, monkeypatch):
+    asked = []
+
+    def load_dataset(name, config, *, split, revision):
+        asked.append((name, config, split, revision))
+        return datasets.Dataset.from_list([{"prompt": "From the hub", "label": "safe", "tweet": "Hm", "class": 2}])
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    (tmp_path / "strongreject.csv").write_text("category,forbidden_prompt\nx,From the folder\n")
+    (from_folder,) = load_prompts("strongreject", data=tmp_path, missing_from_hub=True)
+    (from_hub,) = load_prompts("xstest-safe", data=tmp_path, missing_from_hub=True)
+    assert [e.messages[0]["content"] for e in (from_folder, from_hub)] == ["From the folder", "From the hub"]
+    assert task_source("hate-speech", data=tmp_path, missing_from_hub=True).hub_id == "tdavidson/hate_speech_offensive"
+    (tweet,) = load_task("hate-speech", "all", data=tmp_path, missing_from_hub=True)
+    assert tweet.response == "neither"
+    assert asked == [
+        ("walledai/XSTest", None, "test", None),
+        ("tdavidson/hate_speech_offensive", None, "train", None),
+    ]
+    with pytest.raises(
+        DataError, match=r"holds no file xstest_prompts.csv .*https://github.com/paul-rottger/exaggerated-safety"
+    ):
+        load_prompts("xstest-safe", data=tmp_path)
+    with pytest.raises(
+        DataError,
+        match=r"holds no file boolq_test.json or boolq/test.json .*https://github.com/AGI-Edgerunners/LLM-Adapters",
+    ):
+        load_task("boolq", data=tmp_path, missing_from_hub=True)
+    # A folder that holds one split is the place of all of them.
+    (tmp_path / "stsa.binary.test").write_text("1 fine\n")
+    with pytest.raises(DataError, match=r"holds no file stsa.binary.train"):
+        load_task("sst2", "train", data=tmp_path, missing_from_hub=True)
 
 
 def test_no_hub(monkeypatch):

@@ -18,8 +18,10 @@ def test_every_data_set_has_its_row():
         assert row.licence in line
         assert ("test only" in line) == row.test_only
         assert row.hub is None or f"`{row.hub.hub_id}`" in line
+        assert f" of `{row.local.repository}`" in line if row.local.repository else " of the set on the hub" in line
     for name, task in CLASSIFICATION_TASKS.items():
         assert task.licence in rows[f"`{name}`"]
+        assert f" of `{task.local.repository}`" in rows[f"`{name}`"]
 
 
 def test_every_metric_is_explained():
