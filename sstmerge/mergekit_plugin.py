@@ -58,6 +58,7 @@ def sst(
     fraction: Optional[float] = None,  # noqa: UP045
     energy: Optional[float] = None,  # noqa: UP045
     mu: Optional[float] = None,  # noqa: UP045
+    exponent: float = 1.0,
     budget: Optional[float] = None,  # noqa: UP045
     damping: Optional[float] = None,  # noqa: UP045
 ) -> torch.Tensor:
@@ -75,6 +76,7 @@ def sst(
         fraction: Share of directions.
         energy: Share of the gain energy.
         mu: Threshold of `wiener` and `joint`.
+        exponent: Power of the weights of `wiener`.
         budget: Benign KL in nats per token.
         damping: Relative damping of F_cost.
 
@@ -91,7 +93,7 @@ def sst(
     roles = [role[model] for model in models]
     adapters = [_adapter_path(model, base.id) for model in models]
     _check_roles(roles, models)
-    selection = Selection(top=top, fraction=fraction, energy=energy, mu=mu, budget=budget)
+    selection = Selection(top=top, fraction=fraction, energy=energy, mu=mu, budget=budget, exponent=exponent)
     merged = _merged(
         gain,
         cost,

@@ -21,20 +21,23 @@ def pair(pico_gpt2):
     return gain, replace(cost, metadata={**cost.metadata, "data": "other prompts"})
 
 
-def said(pair, *, scale=1.0, predicted_kl=0.1, effective=ENOUGH, **metadata):
+def said(pair, *, length=1.0, predicted_kl=0.1, effective=ENOUGH, filtered=False, **metadata):
     gain, cost = pair
     spectrum = solve(gain, replace(cost, metadata={**cost.metadata, **metadata}))
-    return cautions(spectrum, scale, predicted_kl, effective)
+    return cautions(spectrum, length, predicted_kl, effective, filtered=filtered)
 
 
 def test_nothing_stands_out(pair):
     assert said(pair) == []
+    assert said(pair, length=0.09) == []
+    assert said(pair, filtered=True) == []
 
 
 @pytest.mark.parametrize(
     ("words", "case"),
     [
-        ("The scale is 1.60", {"scale": 1.6}),
+        ("The change is 1.60 times as long as the adapter", {"length": 1.6}),
+        ("The filter leaves 9.0% of the adapter's length", {"length": 0.09, "filtered": True}),
         ("The predicted benign KL is 1.1 nats", {"predicted_kl": 1.1}),
         ("Only 31 effective harm sequences", {"effective": (31.0, 100.0)}),
         ("Only 31 effective benign sequences", {"effective": (100.0, 31.0)}),

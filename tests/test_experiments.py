@@ -100,6 +100,7 @@ def test_safety_tax_runs_through_and_resumes(modules, model, sets, tmp_path, mon
         "sst kfac wiener, μ = 10",
         "sst kfac wiener, μ = 10, refusals as cost",
         "sst kfac wiener, μ = 30, refusals as cost",
+        "sst kfac wiener, μ = 3, exponent 3, refusals as cost",
         "fisher_ratio_mask, refusals as cost",
         "sst global project, Kronecker damping",
         "control: random directions",
@@ -113,8 +114,8 @@ def test_safety_tax_runs_through_and_resumes(modules, model, sets, tmp_path, mon
     assert [p["scale"] for p in results["points"]["sst global project, Kronecker damping"]] == [1.0, 3.0]
     assert "Kronecker damping at [1.0, 3.0]" in page
     # Every stage once: 2 seeds × (2 adapters, 3 pairs of Fishers, 2 own Fishers and one of refusals, 3 models alone,
-    # 18 methods at 2 scales).
-    assert len(said) == len(results["manifest"]["stages"]) == 2 * (2 + 3 + 3 + 3 + 36)
+    # 19 methods at 2 scales).
+    assert len(said) == len(results["manifest"]["stages"]) == 2 * (2 + 3 + 3 + 3 + 38)
 
     assert results["manifest"]["stages of other source code"] == []
 

@@ -93,6 +93,23 @@ def test_small_mu_approaches_task_arithmetic(complete):
     assert errors[2] < 1e-5
 
 
+def test_exponent_two_is_the_filter_applied_twice(spectrum):
+    utility, safety = points(spectrum)
+    mu = 0.7 * float(spectrum.eigenvalues.max())
+
+    def filtered(adapter, exponent):
+        selection = Selection(mu=mu, exponent=exponent)
+        return merge_cores(spectrum, utility, adapter, rule=Rule.WIENER, scale=1.3, selection=selection)
+
+    once = (filtered(safety, 1.0).core - utility) / 1.3
+    twice = filtered(safety, 2.0)
+    assert relative_error(twice.core, filtered(once, 1.0).core) < 1e-9
+    assert twice.report.exponent == 2.0
+    assert twice.report.predicted_kl < filtered(safety, 1.0).report.predicted_kl
+    half = filtered((filtered(safety, 0.5).core - utility) / 1.3, 0.5)
+    assert relative_error(half.core, filtered(safety, 1.0).core) < 1e-9
+
+
 @pytest.mark.parametrize("rule", [Rule.WIENER, Rule.JOINT])
 def test_large_mu_leaves_the_utility_model(spectrum, rule):
     utility, safety = points(spectrum)
@@ -202,9 +219,12 @@ def test_report_is_about_the_change(spectrum):
         (Rule.PROJECT, {"top": 4}),
         (Rule.PROJECT, {"fraction": 0.2}),
         (Rule.WIENER, {"mu": 0.5}),
+        (Rule.WIENER, {"mu": 0.5, "exponent": 2.0}),
+        (Rule.WIENER, {"exponent": 0.5}),
     ],
 )
 def test_budget_is_spent_exactly(spectrum, rule, choice, part):
+    choice = dict(choice)
     utility, safety = points(spectrum)
     source = safety - utility if rule is Rule.JOINT else safety
     rest = 0.0 if rule is Rule.PROJECT else 1.0
@@ -212,6 +232,7 @@ def test_budget_is_spent_exactly(spectrum, rule, choice, part):
     budget = part * 0.5 * spectrum.cost.quadratic(everything)
     merged = merge_cores(spectrum, utility, safety, rule=rule, selection=Selection(budget=budget, **choice))
     spent = 0.5 * spectrum.cost.quadratic(merged.core - utility)
+    choice.pop("exponent", None)
     if rule is not Rule.PROJECT and not spectrum.complete and not choice and spent < budget:
         # Any μ > 0 drops what lies in no direction of `global`; only μ = 0 keeps it, at once.
         assert merged.report.mu > 0
@@ -233,7 +254,9 @@ def test_budget_above_the_whole_adapter_sets_the_scale(spectrum):
         merged = merge_cores(spectrum, utility, safety, rule=rule, selection=Selection(budget=budget))
         assert merged.report.scale == pytest.approx(2.0, rel=1e-5)
         assert relative_error(merged.core, utility + 2.0 * whole) < 1e-5
-        assert any("scale is 2.00" in sentence for sentence in merged.report.warnings)
+        length = float(whole.norm() / safety.norm())
+        told = f"{2 * length:.2f} times as long as the adapter as trained"
+        assert any(told in sentence for sentence in merged.report.warnings) == (2 * length > 1.5)
 
 
 def test_budget_above_the_selected_directions_sets_the_scale(spectrum):
@@ -273,6 +296,8 @@ def test_budget_keeps_the_most_efficient_directions(complete):
         ({"energy": 0.0}, "energy must lie in"),
         ({"mu": -1.0}, "mu must be a finite number >= 0"),
         ({"mu": math.inf}, "mu must be a finite number >= 0"),
+        ({"exponent": 0.0}, "exponent must be a positive finite number"),
+        ({"exponent": math.nan}, "exponent must be a positive finite number"),
         ({"budget": 0.0}, "budget must be a positive"),
         ({"budget": math.nan}, "budget must be a positive"),
     ],
@@ -286,6 +311,8 @@ def test_selections_that_make_no_sense(choice, words):
     ("rule", "scale", "choice", "words"),
     [
         (Rule.PROJECT, None, {"mu": 1.0}, "mu belongs to the rules 'wiener' and 'joint'"),
+        (Rule.PROJECT, None, {"exponent": 2.0}, "exponent belongs to the rule 'wiener'; 'project' has none"),
+        (Rule.JOINT, None, {"mu": 1.0, "exponent": 2.0}, "exponent belongs to the rule 'wiener'; 'joint' has none"),
         (Rule.WIENER, None, {}, "'wiener' needs mu"),
         (Rule.JOINT, None, {"top": 3}, "'joint' needs mu"),
         (Rule.PROJECT, 1.0, {"top": 3, "budget": 0.1}, "either scale or budget"),

@@ -31,8 +31,9 @@ REFIT, REFITTED = "refit", "kfac"
 # The path of `joint` is its μ. In these structures it has come near the adapters at scale 1, so its unit is smaller there;
 # in `block` and `global` most directions have no gain.
 EARLY, EARLY_STRETCH = ("kfac", "ekfac", "diagonal"), 0.5
-# What refuses benign prompts is most of the adapter, so little of it is left at scale 1: the units of the two sweeps, by μ.
-REFUSALS_STRETCH = {STRICT_WIENER: 8.0, 30.0: 20.0}
+# What refuses benign prompts is most of the adapter, so little of it is left at scale 1: the units of the sweeps, by μ and
+# exponent.
+REFUSALS_STRETCH = {(STRICT_WIENER, 1.0): 8.0, (30.0, 1.0): 20.0, (3.0, 3.0): 25.0}
 # The exact sum, written in other ways, and what needs an aligned full model, which an adapter is not.
 SAME_AS_TASK_ARITHMETIC = ("cat",)
 
@@ -44,7 +45,7 @@ class Candidate:
     Attributes:
         name: Its name in tables.
         kind: "method" (of the registry), "sst" or "control".
-        settings: The method's name in the registry; or structure, rule, μ and damping metric of SST.
+        settings: The method's name in the registry; or structure, rule, μ, exponent and damping metric of SST.
         stretch: Unit of its sweep: what keeps little of the adapter needs larger scales.
     """
 
@@ -81,9 +82,12 @@ def candidates(methods: Sequence[str] | None, structures: Sequence[str], rules: 
     if "wiener" in rules and "kfac" in structures:
         strict = {"structure": "kfac", "rule": "wiener", "mu": STRICT_WIENER}
         listed.append(Candidate(f"sst kfac wiener, μ = {STRICT_WIENER:g}", "sst", strict, stretch=2.0))
-        for mu, stretch in REFUSALS_STRETCH.items():
+        for (mu, exponent), stretch in REFUSALS_STRETCH.items():
             settings = {**strict, "mu": mu, "spectrum": REFUSALS}
-            listed.append(Candidate(f"sst kfac wiener, μ = {mu:g}, refusals as cost", "sst", settings, stretch))
+            name = f"sst kfac wiener, μ = {mu:g}"
+            if exponent != 1.0:
+                settings, name = {**settings, "exponent": exponent}, f"{name}, exponent {exponent:g}"
+            listed.append(Candidate(f"{name}, refusals as cost", "sst", settings, stretch))
         if MASK in chosen:  # the one rival that can be given the same
             listed.append(Candidate(f"{MASK}, refusals as cost", "method", {"method": MASK, "spectrum": REFUSALS}))
     if "global" in structures:
@@ -149,7 +153,8 @@ class Merger:
             spectrum = solve(spectrum.gain, spectrum.cost, damping_metric=settings["damping_metric"])
         if control == "random":
             return self.roles.utility + scale * self._random_directions(spectrum)
-        return self._sst(spectrum, settings.get("rule", "project"), scale, settings.get("mu", WIENER))
+        filtered = Selection(mu=settings.get("mu", WIENER), exponent=settings.get("exponent", 1.0))
+        return self._sst(spectrum, settings.get("rule", "project"), scale, filtered)
 
     def _method(self, name: str, spectrum: str, scale: float) -> Adapter:
         method = available_methods()[name]
@@ -171,14 +176,13 @@ class Merger:
             seed=self.seed,
         )
 
-    def _sst(self, spectrum: Spectrum, rule: str, scale: float, mu: float) -> Tensor:
+    def _sst(self, spectrum: Spectrum, rule: str, scale: float, filtered: Selection) -> Tensor:
         roles = self.roles
         if rule == REFIT:
             return self.refit(spectrum, scale)
         if rule == "project":
             return merge_cores(spectrum, roles.utility, roles.safety, rule=Rule.PROJECT, scale=scale).core
         if rule == "wiener":
-            filtered = Selection(mu=mu)
             return merge_cores(
                 spectrum, roles.utility, roles.safety, rule=Rule.WIENER, scale=scale, selection=filtered
             ).core

@@ -67,6 +67,7 @@ Top = Annotated[int | None, typer.Option("--top", help="Keep the K directions of
 Fraction = Annotated[float | None, typer.Option("--fraction", help="Keep this share of all directions.")]
 Energy = Annotated[float | None, typer.Option("--energy", help="Keep directions with this share of the gain energy.")]
 Mu = Annotated[float | None, typer.Option("--mu", help="Shrinkage of wiener and joint, in units of λ.")]
+Exponent = Annotated[float, typer.Option("--exponent", help="Power of the weights of wiener.")]
 Budget = Annotated[float | None, typer.Option("--budget", help="Predicted benign KL to spend, nats per token.")]
 Rank = Annotated[int | None, typer.Option("--rank", help="Rank limit of the result; lossless by default.")]
 IgnoreBaseName = Annotated[
@@ -116,6 +117,7 @@ def merge(
     fraction: Fraction = None,
     energy: Energy = None,
     mu: Mu = None,
+    exponent: Exponent = 1.0,
     budget: Budget = None,
     rank: Rank = None,
     structure: Structure = "kfac",
@@ -179,7 +181,7 @@ def merge(
     from sstmerge.pipeline.models import load_model, load_tokenizer
     from sstmerge.pipeline.plan import plan_merge
 
-    selection = Selection(top=top, fraction=fraction, energy=energy, mu=mu, budget=budget)
+    selection = Selection(top=top, fraction=fraction, energy=energy, mu=mu, budget=budget, exponent=exponent)
     options = CollectionOptions(
         structure=structure,
         reference=reference,
@@ -270,6 +272,7 @@ def curve(
     fraction: Fraction = None,
     energy: Energy = None,
     mu: Mu = None,
+    exponent: Exponent = 1.0,
     rank: Rank = None,
     damping: Damping = None,
     write_adapters: Annotated[
@@ -294,7 +297,7 @@ def curve(
             budgets=_numbers(budgets, "--budgets"),
             scales=_numbers(scales, "--scales"),
             rule=rule,
-            selection=Selection(top=top, fraction=fraction, energy=energy, mu=mu),
+            selection=Selection(top=top, fraction=fraction, energy=energy, mu=mu, exponent=exponent),
             damping=damping,
             out=out,
             rank=rank,
@@ -332,7 +335,7 @@ def report_table(result: Any) -> Table:
     table.add_row("directions kept", f"{report.directions} of {report.directions_in_all}")
     table.add_row("scale", f"{report.scale:.4f}")
     if report.mu is not None:
-        table.add_row("mu", f"{report.mu:.4g}")
+        table.add_row("mu", f"{report.mu:.4g}" + (f", exponent {report.exponent:g}" if report.exponent != 1.0 else ""))
     table.add_row("gain kept (scale 1)", f"{report.gain_kept:.1%}")
     table.add_row(
         "predicted benign KL, nats/token",

@@ -8,30 +8,40 @@ from sstmerge.gevp import Spectrum
 
 # Below this number of effective sequences the largest λ are mostly noise of the selection.
 FEW_SEQUENCES = 32
-# Above this scale, or this KL in nats per token, a quadratic model says little.
-LARGEST_SCALE = 1.5
+# Above this length, over that of the adapter as trained, or this KL in nats per token, a quadratic model says little.
+LARGEST_LENGTH = 1.5
+# Below this one a filter has left next to nothing of the adapter.
+SMALLEST_LENGTH = 0.1
 LARGEST_KL = 1.0
 # A spectrum whose largest values lie this close together, for this share of its directions, prefers nothing.
 _NEARLY_EQUAL = 0.95
 _PLATEAU = 0.1
 
 
-def cautions(spectrum: Spectrum, scale: float, predicted_kl: float, effective: tuple[float, float]) -> list[str]:
+def cautions(
+    spectrum: Spectrum, length: float, predicted_kl: float, effective: tuple[float, float], *, filtered: bool = False
+) -> list[str]:
     """Say what to look at before believing a merge.
 
     Args:
         spectrum: The solved pair of Fishers.
-        scale: Factor of the safety adapter.
+        length: Norm of the change over that of the adapter as trained.
         predicted_kl: Predicted benign KL, nats per token.
         effective: Effective numbers of sequences behind gain and cost.
+        filtered: Whether a filter has shrunk every direction, so that a larger scale is no extrapolation.
 
     Returns:
         Sentences; none where nothing stands out.
     """
     sentences = []
-    if scale > LARGEST_SCALE:
+    if length > LARGEST_LENGTH:
         sentences.append(
-            f"The scale is {scale:.2f}: far beyond the adapter as trained, the quadratic model is a guess."
+            f"The change is {length:.2f} times as long as the adapter as trained: so far out the quadratic model is a guess."
+        )
+    if filtered and length < SMALLEST_LENGTH:
+        sentences.append(
+            f"The filter leaves {length:.1%} of the adapter's length, which hardly does anything; raise the scale (or the "
+            "budget), or lower μ or the exponent."
         )
     if predicted_kl > LARGEST_KL:
         sentences.append(

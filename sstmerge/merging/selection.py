@@ -23,6 +23,9 @@ class Selection:
         fraction: Share of all directions of the space, of largest λ, in (0, 1].
         energy: Share of the safety adapter's gain energy Σ λ_i c_i² that the kept directions must hold, in (0, 1].
         mu: Shrinkage μ >= 0 of the `wiener` and `joint` rules, in units of λ.
+        exponent: Power β > 0 of the weights of `wiener`, (λ / (λ + μ))^β, the parametric Wiener filter (Lim and Oppenheim
+            1979, https://doi.org/10.1109/PROC.1979.11540). Above 1 it leaves less of directions of small λ: on prompts that
+            no Fisher has seen, the gain per cost rises, and the scale has to rise with it.
         budget: Predicted KL divergence on benign data, in nats per response token, that the merge
             spends.
     """
@@ -32,6 +35,7 @@ class Selection:
     energy: float | None = None
     mu: float | None = None
     budget: float | None = None
+    exponent: float = 1.0
 
     def __post_init__(self) -> None:
         given = [name for name in ("top", "fraction", "energy") if getattr(self, name) is not None]
@@ -45,6 +49,8 @@ class Selection:
                 raise InputError(f"{name} must lie in (0, 1], but is {value}.")
         if self.mu is not None and not 0.0 <= self.mu < math.inf:
             raise InputError(f"mu must be a finite number >= 0, but is {self.mu}.")
+        if not 0.0 < self.exponent < math.inf:
+            raise InputError(f"exponent must be a positive finite number, but is {self.exponent}.")
         if self.budget is not None and not 0.0 < self.budget < math.inf:
             raise InputError(f"budget must be a positive number of nats per token, but is {self.budget}.")
 
@@ -124,8 +130,9 @@ def _largest(eigenvalues: Tensor, kept: int) -> Tensor:
     return mask
 
 
-def shrinkage(eigenvalues: Tensor, mu: float) -> Tensor:
-    """Return the Wiener weights λ / (λ + μ), shape (m,); 1 for μ = 0."""
+def shrinkage(eigenvalues: Tensor, mu: float, exponent: float = 1.0) -> Tensor:
+    """Return the weights (λ / (λ + μ))^β of the parametric Wiener filter, shape (m,); 1 for μ = 0."""
     if mu == 0.0:
         return torch.ones_like(eigenvalues)
-    return eigenvalues / (eigenvalues + mu)
+    weights = eigenvalues / (eigenvalues + mu)
+    return weights if exponent == 1.0 else weights.pow(exponent)

@@ -4,7 +4,7 @@ With c(φ) the coordinates of a weight change in the generalized eigenbasis, φ_
 adapter,
 
     project   c(φ_u) + a · 1[i selected] · c(φ_s)       the F_cost-metric projection
-    wiener    c(φ_u) + a · λ_i / (λ_i + μ) · c(φ_s)     μ = 0: no filter, φ_u + a φ_s
+    wiener    c(φ_u) + a · (λ_i / (λ_i + μ))^β · c(φ_s)     μ = 0: no filter, φ_u + a φ_s; β is 1 by default
     joint     w_i c(φ_s) + (1 − w_i) c(φ_u), w_i = λ_i / (λ_i + μ)   the Pareto path of the two quadratic losses
     refit     coefficients learned again inside the selected subspace (`sstmerge.pipeline.refit`, needs the model)
 """
@@ -50,6 +50,7 @@ class MergeReport:
         structure: Structure of the Fishers.
         scale: Factor a that was applied to the safety adapter.
         mu: Shrinkage, None for `project`.
+        exponent: Power of the weights of `wiener`; 1 for the other rules.
         damping: Relative damping of F_cost.
         directions: Directions with a weight above one half.
         directions_in_all: Dimension of the space.
@@ -71,6 +72,7 @@ class MergeReport:
     structure: str
     scale: float
     mu: float | None
+    exponent: float
     damping: float
     directions: int
     directions_in_all: int
@@ -166,7 +168,7 @@ def merge_cores(
             scale = _scale_for(spectrum, change, selection.budget)
     change.mul_(scale)
     in_eigenbasis = coordinates, (weights * coordinates).mul_(scale)
-    summary = report(spectrum, source, change, in_eigenbasis, weights, rule, scale, mu)
+    summary = report(spectrum, source, change, in_eigenbasis, weights, rule, scale, mu, selection.exponent)
     return Merge(utility + change, summary, weights != 0)
 
 
@@ -179,6 +181,7 @@ def report(
     rule: Rule,
     scale: float,
     mu: float | None,
+    exponent: float = 1.0,
 ) -> MergeReport:
     """Describe a change of the utility model.
 
@@ -191,6 +194,7 @@ def report(
         rule: Rule.
         scale: Factor that was applied.
         mu: Shrinkage.
+        exponent: Power of the weights.
 
     Returns:
         The report.
@@ -205,11 +209,14 @@ def report(
     norms = torch.cat([torch.linalg.vector_norm(part, dim=(1, 2)) for part in space.split(change)])
     effective = spectrum.gain.counts.effective_sequences, spectrum.cost.counts.effective_sequences
     predicted_kl = 0.5 * spectrum.cost.quadratic(change)
+    norm, norm_of_source = float(change.norm()), float(source.norm())
+    length = norm / norm_of_source if norm_of_source else 1.0
     return MergeReport(
         rule=rule.value,
         structure=spectrum.gain.structure.value,
         scale=scale,
         mu=mu,
+        exponent=exponent,
         damping=spectrum.damping,
         directions=int(kept.count_nonzero()),
         directions_in_all=space.size,
@@ -217,8 +224,8 @@ def report(
         predicted_kl=predicted_kl,
         predicted_kl_task_arithmetic=0.5 * scale**2 * spectrum.cost.quadratic(source),
         predicted_gain=float(spectrum.gain.mean_score() @ change),
-        norm=float(change.norm()),
-        norm_task_arithmetic=abs(scale) * float(source.norm()),
+        norm=norm,
+        norm_task_arithmetic=abs(scale) * norm_of_source,
         directions_per_layer=(
             {n: c for n, c in zip(space.layer_names, torch.cat(counts).tolist(), strict=True) if c} if counts else {}
         ),
@@ -226,7 +233,7 @@ def report(
         spectrum=largest(spectrum.eigenvalues, min(64, len(spectrum.eigenvalues))).tolist(),
         gain_sequences=effective[0],
         cost_sequences=effective[1],
-        warnings=tuple(cautions(spectrum, scale, predicted_kl, effective)),
+        warnings=tuple(cautions(spectrum, length, predicted_kl, effective, filtered=rule is Rule.WIENER and bool(mu))),
     )
 
 
@@ -243,8 +250,12 @@ def _check_options(rule: Rule, scale: float | None, selection: Selection) -> Non
         raise InputError(
             "mu belongs to the rules 'wiener' and 'joint'; 'project' takes top, fraction, energy or budget."
         )
+    if rule is not Rule.WIENER and selection.exponent != 1.0:
+        raise InputError(f"exponent belongs to the rule 'wiener'; '{rule}' has none.")
     if rule in (Rule.WIENER, Rule.JOINT) and selection.mu is None and selection.budget is None:
-        raise InputError(f"The rule '{rule}' needs mu (the λ at which half of a direction is kept) or a budget.")
+        raise InputError(
+            f"The rule '{rule}' needs mu (the λ at which half of a direction is kept, with exponent 1) or a budget."
+        )
     if scale is not None and selection.budget is not None and _directions_given(rule, selection):
         raise InputError(
             "The directions are chosen already, so the budget sets the scale; give either scale or budget."
@@ -267,10 +278,8 @@ def _weights(
         chosen = selection if selection.counts_directions else Selection(energy=DEFAULT_ENERGY)
         return select(chosen, eigenvalues, coordinates, dimension), None
     mask = select(selection, eigenvalues, coordinates, dimension)
-    if selection.mu is not None:
-        return mask * shrinkage(eigenvalues, selection.mu), selection.mu
-    mu = _mu_for(spectrum, source, coordinates, mask, scale, selection)
-    return mask * shrinkage(eigenvalues, mu), mu
+    mu = selection.mu if selection.mu is not None else _mu_for(spectrum, source, coordinates, mask, scale, selection)
+    return mask * shrinkage(eigenvalues, mu, selection.exponent), mu
 
 
 def _scale_for(spectrum: Spectrum, change: Tensor, budget: float) -> float:
@@ -308,7 +317,7 @@ def _mu_for(
 
     def spent(strength: float) -> float:
         """Return the predicted KL at μ = exp(−strength): it rises with the strength."""
-        weights = mask * shrinkage(spectrum.eigenvalues, math.exp(-strength))
+        weights = mask * shrinkage(spectrum.eigenvalues, math.exp(-strength), selection.exponent)
         return 0.5 * spectrum.cost.quadratic(scale * spectrum.apply_filter(source, weights, coordinates=coordinates))
 
     budget = selection.budget or 0.0

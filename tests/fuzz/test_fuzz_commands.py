@@ -37,6 +37,7 @@ MERGE_FLAGS = (
         "--fraction",
         "--energy",
         "--mu",
+        "--exponent",
         "--budget",
         "--rank",
         "--damping",
@@ -55,7 +56,18 @@ MERGE_FLAGS = (
         "--config",
     ),
 )
-CURVE_FLAGS = ("--budgets", "--scales", "--rule", "--top", "--fraction", "--energy", "--mu", "--rank", "--damping")
+CURVE_FLAGS = (
+    "--budgets",
+    "--scales",
+    "--rule",
+    "--top",
+    "--fraction",
+    "--energy",
+    "--mu",
+    "--exponent",
+    "--rank",
+    "--damping",
+)
 METHOD_FLAGS = ("--weight", "--option", "--seed", "--rank", "--dtype", "--safety", "--adapter", "--fisher", "--gain")
 
 

@@ -30,6 +30,7 @@ PARAMETERS = (
     "fraction",
     "energy",
     "mu",
+    "exponent",
     "budget",
     "damping",
     "weight",
