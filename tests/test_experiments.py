@@ -288,6 +288,31 @@ def test_second_test_has_nothing_in_common_with_anything_else(modules, sets, mon
         prompts.with_second_test(first, sets, 4)  # nine, less four of the test and two of the development
 
 
+def test_both_tests_are_one(modules, model, sets, tmp_path, monkeypatch):
+    monkeypatch.setattr(modules["prompts"], "DEVELOPMENT", 2)
+    config = replace(tiny(modules), candidates=("task_arithmetic",), structures=("kfac",), seeds=(0,))
+    outcomes = {}
+    for name, tests in (
+        ("first", {}),
+        ("second", {"second_test": 3}),
+        ("both", {"second_test": 3, "both_tests": True}),
+    ):
+        said: list[str] = []
+        bench = modules["workbench"].Workbench(model, sets, tmp_path / "out", said.append)
+        experiment = modules["safety_tax"].SafetyTax(bench, tmp_path / "out", replace(config, **tests))
+        assert experiment.estimate() > 0
+        experiment.run()
+        outcomes[name] = json.loads((tmp_path / "out" / "results.json").read_text())["points"]["task_arithmetic"]
+    assert said == []  # nothing is measured anew
+    for first, second, both in zip(*outcomes.values(), strict=True):
+        for kind in ("harmful", "borderline", "ordinary"):
+            refused = f"refused {kind}"
+            assert both[refused] == pytest.approx((4 * first[refused] + 3 * second[refused]) / 7)
+        assert both["correct sst2"] == first["correct sst2"] == second["correct sst2"]
+    with pytest.raises(DataError, match="Both tests need the size of the second one"):
+        modules["safety_tax"].SafetyTax(bench, tmp_path, replace(config, both_tests=True))
+
+
 def test_candidates_are_chosen_by_name(modules, model, sets, tmp_path):
     bench = modules["workbench"].Workbench(model, sets, tmp_path / "out", lambda words: None)
     experiment = modules["safety_tax"].SafetyTax

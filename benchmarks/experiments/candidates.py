@@ -110,7 +110,7 @@ def _stretch(structure: str, rule: str) -> float:
 def primary(listed: Sequence[Candidate]) -> tuple[str, ...]:
     """Return the names of the SST whose leads are reported: those chosen on other prompts than the test's (dev/LOG.md)."""
     sst = [candidate.name for candidate in listed if candidate.kind == "sst"]
-    return tuple(name for name in sst if "μ = " in name) or (sst[0],)
+    return tuple(name for name in sst if "μ = " in name) or tuple(sst[:1])
 
 
 @dataclass

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -74,3 +74,18 @@ def as_arrays(found: Mapping[str, Any]) -> dict[str, npt.NDArray[np.float64]]:
     for task, correct in found["correct"].items():
         arrays[f"correct {task}"] = np.array(correct, dtype=float)
     return arrays
+
+
+def together(tests: Sequence[Mapping[str, npt.NDArray[np.float64]]]) -> dict[str, npt.NDArray[np.float64]]:
+    """Return the answers of several tests as those of one.
+
+    Args:
+        tests: What `as_arrays` returned for each.
+
+    Returns:
+        All of their prompts; the examples of the tasks, which are the same in all tests, once.
+    """
+    return {
+        name: array if name.startswith("correct ") else np.concatenate([test[name] for test in tests])
+        for name, array in tests[0].items()
+    }

@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 from candidates import REFIT, REFUSAL_WEIGHT, REFUSALS, Candidate, Merger, candidates, primary
-from measurement import OUTCOMES_FILE, as_arrays, measure
+from measurement import OUTCOMES_FILE, as_arrays, measure, together
 from prompts import Prompts, Sizes, with_second_test
 from report import Results, stack, write_report
 from torch import Tensor
@@ -83,6 +83,7 @@ class Config:
         candidates: Names of the candidates that are run; None for all that methods, structures and rules give.
         second_test: Number of test prompts of each kind that are measured instead of the test's: those on which nothing was
             ever measured or chosen; None for the test.
+        both_tests: Whether the test is measured, too, and reported together with the second one.
     """
 
     tasks: tuple[str, ...] = ("sst2", "trec")
@@ -100,6 +101,7 @@ class Config:
     resamples: int = 2000
     candidates: tuple[str, ...] | None = None
     second_test: int | None = None
+    both_tests: bool = False
 
 
 SHORT = Config(
@@ -142,6 +144,8 @@ class SafetyTax:
         self.bench, self.out, self.config = bench, out, config
         listed = candidates(config.methods, config.structures, config.rules)
         names = [candidate.name for candidate in listed]
+        if config.both_tests and config.second_test is None:
+            raise DataError("Both tests need the size of the second one (--second-test N).")
         unknown = sorted({*(config.candidates or ())} - {*names})
         if unknown:
             raise DataError(f"There are no candidates {unknown}; these methods, structures and rules give {names}.")
@@ -150,7 +154,8 @@ class SafetyTax:
     def estimate(self) -> float:
         """Return the seconds that everything will take from scratch, from a probe of this machine."""
         config, sizes = self.config, self.config.sizes
-        prompts = self._prompts(config.seeds[0])
+        prompts = self.bench.prompts(config.tasks, config.sizes, config.seeds[0])
+        tests = self._tests(prompts)
         per_row = self.bench.seconds_per_row(prompts.safety[:8])
         probe = replace(prompts, test={k: v[:8] for k, v in prompts.test.items()}, tasks={})
         started = time.perf_counter()
@@ -167,8 +172,8 @@ class SafetyTax:
             # Four steps, each a gradient of the refusals and two or three trials: their likelihood and the measured KL.
             fishers += len(config.scales) * 4 * per_row * (6 * sizes.calibration + 2.5 * 2 * 2 * sizes.calibration)
         # Decoding a hundred prompts together takes about half as long for each as decoding two dozen.
-        tested = sum(map(len, prompts.test.values()))
-        measuring = points * (tested * per_answer / 2 + len(config.tasks) * sizes.task_test * per_row)
+        tested = sum(len(rows) for test in tests for rows in test.test.values())
+        measuring = points * (tested * per_answer / 2 + len(tests) * len(config.tasks) * sizes.task_test * per_row)
         return len(config.seeds) * (training + fishers + measuring)
 
     def run(self) -> None:
@@ -176,14 +181,15 @@ class SafetyTax:
         experts: list[dict[str, Any]] = []
         swept: list[list[list[Any]]] = []
         for seed in self.config.seeds:
-            prompts = self._prompts(seed)
+            prompts = self.bench.prompts(self.config.tasks, self.config.sizes, seed)
+            tests = self._tests(prompts)
             folders = self.bench.train_roles(prompts, self.config.training, seed)
             merger = self._merger(prompts, folders, seed)
             zero = merger.roles.space.zero()
             alone = {"base": zero, "utility": merger.roles.utility, "safety": merger.roles.safety}
-            experts.append({n: self._point(n, core, merger, prompts, folders, seed) for n, core in alone.items()})
+            experts.append({n: self._point(n, core, merger, tests, folders, seed) for n, core in alone.items()})
             swept.append(
-                [[self._swept(c, a, merger, prompts, folders, seed) for a in self.config.scales] for c in self.listed]
+                [[self._swept(c, a, merger, tests, folders, seed) for a in self.config.scales] for c in self.listed]
             )
         # From (seeds, methods, scales, prompts) to (methods, scales, seeds, prompts).
         samples = {
@@ -205,10 +211,12 @@ class SafetyTax:
         )
         write_report(results, self.out, manifest, resamples=self.config.resamples, seed=0)
 
-    def _prompts(self, seed: int) -> Prompts:
-        prompts = self.bench.prompts(self.config.tasks, self.config.sizes, seed)
-        count = self.config.second_test
-        return prompts if count is None else with_second_test(prompts, self.bench.data, count)
+    def _tests(self, prompts: Prompts) -> list[Prompts]:
+        """Return the prompts with each of the tests that are measured."""
+        if self.config.second_test is None:
+            return [prompts]
+        second = with_second_test(prompts, self.bench.data, self.config.second_test)
+        return [prompts, second] if self.config.both_tests else [second]
 
     # ---- stages ----------------------------------------------------------------------------------------------------
 
@@ -252,16 +260,28 @@ class SafetyTax:
         return any(candidate.settings.get("spectrum") == REFUSALS for candidate in self.listed)
 
     def _swept(
-        self, candidate: Candidate, scale: float, merger: Merger, prompts: Prompts, folders: dict[str, Path], seed: int
+        self,
+        candidate: Candidate,
+        scale: float,
+        merger: Merger,
+        tests: list[Prompts],
+        folders: dict[str, Path],
+        seed: int,
     ) -> dict[str, Any]:
         scale *= candidate.stretch
         name = f"{candidate.name} ×{scale:g}"
         settings = {**candidate.settings, "scale": scale}
-        return self._point(name, lambda: merger.merge(candidate, scale), merger, prompts, folders, seed, settings)
+        return self._point(name, lambda: merger.merge(candidate, scale), merger, tests, folders, seed, settings)
 
     def _point(
-        self, name: str, merged: Any, merger: Merger, prompts: Prompts, folders: dict[str, Path], seed: int,
+        self, name: str, merged: Any, merger: Merger, tests: list[Prompts], folders: dict[str, Path], seed: int,
         settings: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:  # fmt: skip
+        return together([self._point_on(name, merged, merger, test, folders, seed, settings) for test in tests])
+
+    def _point_on(
+        self, name: str, merged: Any, merger: Merger, prompts: Prompts, folders: dict[str, Path], seed: int,
+        settings: dict[str, Any] | None,
     ) -> dict[str, Any]:  # fmt: skip
         def compute(folder: Path) -> None:
             found = merged() if callable(merged) else merged
@@ -314,6 +334,7 @@ def main() -> None:
     parser.add_argument(
         "--second-test", type=int, metavar="N", help="N other prompts of each kind, on which nothing was ever chosen"
     )
+    parser.add_argument("--both-tests", action="store_true", help="the test and the second test, reported together")
     parser.add_argument("--scales", type=float, nargs="+", help="scales (default: those of the configuration)")
     parser.add_argument("--safety", choices=("mixed", "refusal-only"), default="mixed")
     arguments = parser.parse_args()
@@ -322,7 +343,7 @@ def main() -> None:
     for name in ("seeds", "methods", "structures", "rules", "scales", "candidates"):
         if getattr(arguments, name):
             config = replace(config, **{name: tuple(getattr(arguments, name))})
-    config = replace(config, second_test=arguments.second_test)
+    config = replace(config, second_test=arguments.second_test, both_tests=arguments.both_tests)
     say = stopwatch()
 
     def run() -> None:
