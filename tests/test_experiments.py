@@ -291,7 +291,7 @@ def test_second_test_has_nothing_in_common_with_anything_else(modules, sets, mon
 def test_both_tests_are_one(modules, model, sets, tmp_path, monkeypatch):
     monkeypatch.setattr(modules["prompts"], "DEVELOPMENT", 2)
     config = replace(tiny(modules), candidates=("task_arithmetic",), structures=("kfac",), seeds=(0,))
-    outcomes = {}
+    outcomes, titles = {}, {"first": "", "second": ", second test", "both": ", both tests"}
     for name, tests in (
         ("first", {}),
         ("second", {"second_test": 3}),
@@ -302,7 +302,9 @@ def test_both_tests_are_one(modules, model, sets, tmp_path, monkeypatch):
         experiment = modules["safety_tax"].SafetyTax(bench, tmp_path / "out", replace(config, **tests))
         assert experiment.estimate() > 0
         experiment.run()
-        outcomes[name] = json.loads((tmp_path / "out" / "results.json").read_text())["points"]["task_arithmetic"]
+        results = json.loads((tmp_path / "out" / "results.json").read_text())
+        assert results["manifest"]["experiment"] == "Experiment A: Safety Tax" + titles[name]
+        outcomes[name] = results["points"]["task_arithmetic"]
     assert said == []  # nothing is measured anew
     for first, second, both in zip(*outcomes.values(), strict=True):
         for kind in ("harmful", "borderline", "ordinary"):

@@ -205,11 +205,19 @@ class SafetyTax:
             primary(self.listed),
         )
         manifest = self.bench.manifest(
-            "Experiment A: Safety Tax",
+            self._title(),
             self.config,
             not_run="methods that need an aligned full model beside its base (aligned_pair)",
         )
         write_report(results, self.out, manifest, resamples=self.config.resamples, seed=0)
+
+    def _title(self) -> str:
+        parts = ["Experiment A: Safety Tax"]
+        if self.config.training.safety == "refusal-only":
+            parts.append("a safety adapter that learned refusals only")
+        if self.config.second_test is not None:
+            parts.append("both tests" if self.config.both_tests else "second test")
+        return ", ".join(parts)
 
     def _tests(self, prompts: Prompts) -> list[Prompts]:
         """Return the prompts with each of the tests that are measured."""
