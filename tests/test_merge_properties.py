@@ -240,6 +240,24 @@ def test_random_scores_are_as_unstable_as_chance(space, spectra, structure):
     assert all(stability.held_out_gain < stability.in_sample_gain for stability in found)
 
 
+@pytest.mark.parametrize("structure", ["kfac", "block"])
+def test_a_filter_is_judged_by_the_steps_of_its_halves(spectra, space, structure):
+    whole, safety = spectra[structure], space.core(SAFETY)
+    selection = Selection(mu=3.0 * float(whole.eigenvalues.max()), exponent=2.0)
+    stability = split_half_stability(whole, safety, directions=0, filtered=selection, scale=7.0)
+    weights = (whole.eigenvalues / (whole.eigenvalues + selection.mu)).square()
+    assert stability.directions == min(64, int((weights > 0.5 * weights.max()).sum()))
+    held_out_kl, held_out_gain = [], []
+    for h in (0, 1):
+        half = solve(whole.gain.half(h), whole.cost.half(h), damping=whole.damping)
+        merged = merge_cores(half, space.zero(), safety, rule=Rule.WIENER, scale=7.0, selection=selection)
+        held_out_kl.append(0.5 * whole.cost.half(1 - h).quadratic(merged.core))
+        gain = whole.gain.half(1 - h)
+        held_out_gain.append(gain.quadratic(merged.core) / 49 / gain.quadratic(safety))
+    assert stability.held_out_kl == pytest.approx(sum(held_out_kl) / 2, rel=1e-9)
+    assert stability.held_out_gain == pytest.approx(sum(held_out_gain) / 2, rel=1e-9)
+
+
 def test_the_kl_of_a_half_s_step_is_measured_on_the_other(spectra, space):
     """By hand, for one direction: the step is v (vᵀ F_cost φ) of one half, its KL ½ stepᵀ F step of the other."""
     whole = spectra["block"]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sstmerge.fisher import Fisher
 from sstmerge.gevp import Spectrum, solve
-from sstmerge.merging.selection import efficiency_order
+from sstmerge.merging.selection import Selection, efficiency_order, shrinkage
 
 # Directions that are compared; enough for every selection in practice, and cheap.
 _COMPARED = 64
@@ -27,8 +27,9 @@ class Stability:
             keep; mean of both ways.
         held_out_cost: The same for the cost.
         in_sample_gain: Share of the gain that a half's directions keep on that half itself.
-        held_out_kl: ½ Δᵀ F_cost Δ of a half's step at scale 1, by the other half's F_cost, nats per token; mean of both
-            ways. With few sequences this is the one to believe: directions are chosen where their own F_cost is small.
+        held_out_kl: ½ Δᵀ F_cost Δ of a half's step, by the other half's F_cost, nats per token; mean of both ways. A
+            projection's step is at scale 1, a filter's at the merge's. With few sequences this is the one to believe:
+            directions are chosen where their own F_cost is small.
         in_sample_kl: The same by the half's own F_cost.
     """
 
@@ -46,32 +47,45 @@ class Stability:
         return asdict(self)
 
 
-def split_half_stability(whole: Spectrum, safety: Tensor, *, directions: int) -> Stability:
+def split_half_stability(
+    whole: Spectrum, safety: Tensor, *, directions: int, filtered: Selection | None = None, scale: float = 1.0
+) -> Stability:
     """Solve both halves apart and compare.
+
+    A half's step is the projection on its directions; or, where the merge is a filter of every direction, that filter's.
 
     Args:
         whole: The solved pair.
         safety: The safety adapter in the spectrum's space, shape (D,).
-        directions: Number of directions that the merge keeps; at most 64 of them are compared.
+        directions: Number of directions that the merge keeps; at most 64 of them are compared. Of a filter, those that keep
+            half of the largest weight at least are compared instead.
+        filtered: μ and exponent of the filter; None for a projection.
+        scale: Factor of the filter's step.
 
     Returns:
         The comparison.
     """
     halves = [(whole.gain.half(h), whole.cost.half(h)) for h in (0, 1)]
     spectra = [solve(*half, damping=whole.damping) for half in halves]
+    if filtered is not None:
+        weights = _weights(whole, filtered)
+        directions = int((weights > 0.5 * weights.max()).count_nonzero())
     count = max(1, min(directions, _COMPARED, *(len(s.eigenvalues) for s in spectra)))
     bases = [_top_vectors(spectrum, count) for spectrum in spectra]
     orthonormal = [_orthonormal(whole, basis) for basis in bases]
     overlap = float((orthonormal[0] @ orthonormal[1].mT).square().sum()) / count
-    changes = [
-        basis.mT @ spectrum.coordinates(safety)[_top(spectrum, count)]
-        for spectrum, basis in zip(spectra, bases, strict=True)
-    ]
+    if filtered is None:
+        changes = [
+            basis.mT @ spectrum.coordinates(safety)[_top(spectrum, count)]
+            for spectrum, basis in zip(spectra, bases, strict=True)
+        ]
+    else:
+        changes = [spectrum.apply_filter(safety, _weights(spectrum, filtered)) for spectrum in spectra]
     held_out_gain = [_share(halves[1 - h][0], changes[h], safety) for h in (0, 1)]
     held_out_cost = [_share(halves[1 - h][1], changes[h], safety) for h in (0, 1)]
     in_sample = [_share(halves[h][0], changes[h], safety) for h in (0, 1)]
-    held_out_kl = [halves[1 - h][1].quadratic(changes[h]) / 2 for h in (0, 1)]
-    in_sample_kl = [halves[h][1].quadratic(changes[h]) / 2 for h in (0, 1)]
+    held_out_kl = [scale**2 * halves[1 - h][1].quadratic(changes[h]) / 2 for h in (0, 1)]
+    in_sample_kl = [scale**2 * halves[h][1].quadratic(changes[h]) / 2 for h in (0, 1)]
     return Stability(
         directions=count,
         subspace_overlap=overlap,
@@ -82,6 +96,10 @@ def split_half_stability(whole: Spectrum, safety: Tensor, *, directions: int) ->
         held_out_kl=sum(held_out_kl) / 2,
         in_sample_kl=sum(in_sample_kl) / 2,
     )
+
+
+def _weights(spectrum: Spectrum, filtered: Selection) -> Tensor:
+    return shrinkage(spectrum.eigenvalues, filtered.mu or 0.0, filtered.exponent)
 
 
 def _top(spectrum: Spectrum, count: int) -> Tensor:

@@ -359,8 +359,17 @@ def finish(
     agreement = None
     if stability and _both_halves_have_tokens(spectrum):
         safety = roles.safety if spectrum.space is roles.space else spectrum.space.embed(roles.safety, roles.space)
-        agreement = split_half_stability(spectrum, safety, directions=merged.report.directions)
+        agreement = _stability(spectrum, safety, merged)
     return MergeResult(adapter, merged, spectrum.gain, spectrum.cost, spectrum, agreement)
+
+
+def _stability(spectrum: Spectrum, safety: Tensor, merged: Merge) -> Stability:
+    report = merged.report
+    # A filter of every direction; one of some directions only is judged by these, as a projection is.
+    whole = report.rule == Rule.WIENER and report.mu and bool(merged.kept[spectrum.eigenvalues > 0].all())
+    filtered = Selection(mu=report.mu, exponent=report.exponent) if whole else None
+    scale = report.scale if filtered else 1.0
+    return split_half_stability(spectrum, safety, directions=report.directions, filtered=filtered, scale=scale)
 
 
 def _both_halves_have_tokens(spectrum: Spectrum) -> bool:
