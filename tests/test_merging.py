@@ -105,6 +105,7 @@ def test_exponent_two_is_the_filter_applied_twice(spectrum):
     twice = filtered(safety, 2.0)
     assert relative_error(twice.core, filtered(once, 1.0).core) < 1e-9
     assert twice.report.exponent == 2.0
+    assert twice.report.length == pytest.approx(float((twice.core - utility).norm() / safety.norm()))
     assert twice.report.predicted_kl < filtered(safety, 1.0).report.predicted_kl
     half = filtered((filtered(safety, 0.5).core - utility) / 1.3, 0.5)
     assert relative_error(half.core, filtered(safety, 1.0).core) < 1e-9

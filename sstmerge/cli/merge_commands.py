@@ -343,6 +343,7 @@ def report_table(result: Any) -> Table:
     )
     table.add_row("predicted gain of refusals, nats/token", f"{report.predicted_gain:.4f}")
     table.add_row("norm", f"{report.norm:.3f} (task arithmetic: {report.norm_task_arithmetic:.3f})")
+    table.add_row("length, adapter as trained = 1", f"{report.length:.2f}")
     table.add_row("largest λ", ", ".join(f"{value:.4g}" for value in report.spectrum[:6]))
     table.add_row("effective sequences", f"{report.gain_sequences:.0f} harm, {report.cost_sequences:.0f} benign")
     for role, fisher in (("harm", result.gain), ("benign", result.cost)):

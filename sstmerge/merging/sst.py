@@ -89,6 +89,11 @@ class MergeReport:
     cost_sequences: float
     warnings: tuple[str, ...] = ()
 
+    @property
+    def length(self) -> float:
+        """Norm of the change over that of the adapter as trained."""
+        return self.norm * abs(self.scale) / self.norm_task_arithmetic if self.norm_task_arithmetic else 0.0
+
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain data for JSON."""
         return asdict(self)
