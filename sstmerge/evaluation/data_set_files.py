@@ -75,8 +75,11 @@ def choose_source(name: str, *, hub: Source | None, local: Source, data: Path | 
     Raises:
         DataError: If the hub is asked for what it does not have.
     """
-    if data is not None and not (missing_from_hub and hub is not None and not local.is_in(data)):
-        return local
+    if data is not None:
+        # A folder that does not exist is a mistake to be told, not an empty one.
+        from_hub = missing_from_hub and hub is not None and data.exists() and not local.is_in(data)
+        if not from_hub:
+            return local
     if hub is None:
         raise DataError(f"The data set '{name}' is not on the hub; give its file: {local.advice}.")
     return hub

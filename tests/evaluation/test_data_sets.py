@@ -94,6 +94,8 @@ def test_what_a_folder_does_not_hold_comes_from_the_hub_where_that_is_asked_for(
         match=r"holds no file boolq_test.json or boolq/test.json .*https://github.com/AGI-Edgerunners/LLM-Adapters",
     ):
         load_task("boolq", data=tmp_path, missing_from_hub=True)
+    with pytest.raises(DataError, match=r"nowhere' does not exist; give a file of 'xstest-safe'"):
+        load_prompts("xstest-safe", data=tmp_path / "nowhere", missing_from_hub=True)
     # A folder that holds one split is the place of all of them.
     (tmp_path / "stsa.binary.test").write_text("1 fine\n")
     with pytest.raises(DataError, match=r"holds no file stsa.binary.train"):
