@@ -95,6 +95,19 @@ def test_merge_from_fishers_equals_merge_from_prompts(monkeypatch, job, tmp_path
         torch.testing.assert_close(one.layers[path].delta(), other.layers[path].delta(), atol=1e-7, rtol=1e-5)
 
 
+def test_split_halves_of_a_filter_cost_what_its_scale_makes_of_them(monkeypatch, job, tmp_path):
+    gain, cost = fisher_files(monkeypatch, job, tmp_path)
+    adapters = ("--utility", job["utility"], "--safety", job["safety"])
+    kl = {}
+    for scale in ("2", "4"):
+        out = tmp_path / scale
+        rule = ("--rule", "wiener", "--mu", "5", "--exponent", "2", "--scale", scale)
+        assert run(monkeypatch, "merge", "--gain", gain, "--cost", cost, *adapters, *rule, "--out", str(out)) == 0
+        report = json.loads((out / "sstmerge_report.json").read_text())
+        kl[scale] = report["stability"]["held_out_kl"], report["merge"]["predicted_kl"]
+    assert kl["4"] == pytest.approx([4 * value for value in kl["2"]], rel=1e-6)
+
+
 def test_a_yaml_configuration_equals_the_flags(monkeypatch, job, tmp_path):
     config = tmp_path / "merge.yaml"
     config.write_text(

@@ -288,6 +288,16 @@ def test_second_test_has_nothing_in_common_with_anything_else(modules, sets, mon
         prompts.with_second_test(first, sets, 4)  # nine, less four of the test and two of the development
 
 
+def test_answers_of_several_tests_are_put_together_and_those_of_tasks_are_not(modules):
+    first = {"refused harmful": np.array([1.0, 0.0]), "correct sst2": np.array([1.0])}
+    second = {"refused harmful": np.array([1.0]), "correct sst2": np.array([1.0])}
+    found = modules["measurement"].together([first, second])
+    assert {name: array.tolist() for name, array in found.items()} == {
+        "refused harmful": [1.0, 0.0, 1.0],
+        "correct sst2": [1.0],
+    }
+
+
 def test_both_tests_are_one(modules, model, sets, tmp_path, monkeypatch):
     monkeypatch.setattr(modules["prompts"], "DEVELOPMENT", 2)
     config = replace(tiny(modules), candidates=("task_arithmetic",), structures=("kfac",), seeds=(0,))

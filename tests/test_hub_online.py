@@ -94,9 +94,10 @@ def publish(root: Path, *sources: Source) -> None:
 
 
 def test_a_merge_of_hub_ids(hub, job, tmp_path):
-    for name, place in (("base", "models"), ("utility", "models"), ("safety", "models")):
-        (hub.root / place / "someone").mkdir(parents=True, exist_ok=True)
-        (hub.root / place / "someone" / name).symlink_to(job[name])
+    models = hub.root / "models" / "someone"
+    models.mkdir(parents=True)
+    for name in ("base", "utility", "safety"):
+        (models / name).symlink_to(job[name])
     for name in ("harm", "benign"):
         (hub.root / "datasets" / "someone" / name).mkdir(parents=True)
         (hub.root / "datasets" / "someone" / name / "train.jsonl").symlink_to(job[f"{name}.jsonl"])
