@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from sstmerge import available_methods
 from sstmerge.adapters import CoreSpace
 from sstmerge.errors import DataError
 
@@ -126,7 +127,7 @@ def test_safety_tax_runs_through_and_resumes(modules, model, sets, tmp_path, mon
     bench = modules["workbench"].Workbench(model, sets, tmp_path / "out", said.append)
     again = modules["safety_tax"].SafetyTax(bench, tmp_path / "out", more)
     again.run()
-    assert len(again.listed) > 25
+    assert {c.settings.get("method") for c in again.listed} == {None, *available_methods()} - {"cat"}
     new = len(again.listed) - len(names)
     assert said[:-1] == ["point …"] * new
     assert said[-1].startswith(
@@ -332,3 +333,27 @@ def test_candidates_are_chosen_by_name(modules, model, sets, tmp_path):
     assert [candidate.name for candidate in experiment(bench, tmp_path, config).listed] == list(config.candidates)
     with pytest.raises(DataError, match=r"no candidates \['sst'\]"):
         experiment(bench, tmp_path, replace(config, candidates=("sst", "task_arithmetic")))
+    with pytest.raises(DataError, match=r"no methods \['tie'\]; expected 'all' or some of .*'ties'"):
+        experiment(bench, tmp_path, replace(config, methods=("task_arithmetic", "tie")))
+    with pytest.raises(DataError, match=r"no methods \['agl_merge'\]"):  # it needs a safety adapter
+        modules["many_experts"].ManyExperts(
+            bench, tmp_path, replace(modules["many_experts"].QUICK, methods=("agl_merge",))
+        )
+
+
+def test_every_method_is_what_all_means(modules):
+    every = modules["candidates"].candidates(None, ("kfac",), ("project",))
+    assert every == modules["candidates"].candidates(("all",), ("kfac",), ("project",))
+    config = replace(modules["many_experts"].QUICK, methods=("all",))
+    assert len(modules["many_experts"].ManyExperts(None, Path(), config).names) > 15
+
+
+def test_the_aligned_pair_differs_by_the_safety_adapter(modules, model, sets, tmp_path):
+    bench = modules["workbench"].Workbench(model, sets, tmp_path / "out", lambda words: None)
+    config = tiny(modules)
+    adapters = bench.adapters(bench.train_roles(bench.prompts(("sst2",), config.sizes, 0), config.training, 0))
+    with bench.aligned_pair(adapters) as pair:
+        for layer, factors in adapters["safety"].layers.items():
+            assert pair.difference(layer).double().numpy() == pytest.approx(factors.delta().numpy(), abs=1e-7)
+        assert min(c.cosine for c in pair.comparisons("safety").values()) > 0.5  # SafeLoRA keeps it
+    assert not Path(pair.base).exists()

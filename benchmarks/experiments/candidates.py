@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+from workbench import chosen_methods
 
 from sstmerge import available_methods
 from sstmerge.adapters import Adapter
 from sstmerge.gevp import Spectrum, solve
 from sstmerge.merging import Rule, Selection, merge_cores
+from sstmerge.merging.methods.aligned_pair import AlignedPair
 from sstmerge.merging.methods.statistics import FisherStatistics, GainAndCost
-from sstmerge.pipeline.method_merge import merge_adapters
+from sstmerge.pipeline.method_merge import Statistics, merge_adapters
 from sstmerge.pipeline.roles import Roles
 
 # So large that F_cost + damping · scale · I is the identity but for its unit, which changes no order of directions.
@@ -34,7 +37,7 @@ EARLY, EARLY_STRETCH = ("kfac", "ekfac", "diagonal"), 0.5
 # What refuses benign prompts is most of the adapter, so little of it is left at scale 1: the units of the sweeps, by μ and
 # exponent.
 REFUSALS_STRETCH = {(STRICT_WIENER, 1.0): 8.0, (30.0, 1.0): 20.0, (3.0, 3.0): 25.0}
-# The exact sum, written in other ways, and what needs an aligned full model, which an adapter is not.
+# The exact sum, written in another way.
 SAME_AS_TASK_ARITHMETIC = ("cat",)
 
 
@@ -59,19 +62,18 @@ def candidates(methods: Sequence[str] | None, structures: Sequence[str], rules: 
     """Return everything that is compared.
 
     Args:
-        methods: Methods of the registry; None for all that can be run here.
+        methods: Methods of the registry; None or ("all",) for all.
         structures: Structures of SST.
         rules: Rules of SST.
 
     Returns:
         The candidates, task arithmetic first.
+
+    Raises:
+        DataError: There is no method of a name.
     """
-    runnable = [
-        name
-        for name, method in available_methods().items()
-        if "aligned_pair" not in method.needs and name not in SAME_AS_TASK_ARITHMETIC
-    ]
-    chosen = [name for name in runnable if methods is None or name in methods]
+    rivals = [name for name in available_methods() if name not in SAME_AS_TASK_ARITHMETIC]
+    chosen = chosen_methods(methods, rivals)
     listed = [Candidate(name, "method", {"method": name}) for name in chosen]
     listed += [
         Candidate(f"sst {structure} {rule}", "sst", {"structure": structure, "rule": rule}, _stretch(structure, rule))
@@ -122,6 +124,7 @@ class Merger:
         roles: The same in their core space.
         spectra: Solved pairs by structure; "permuted" for the control, REFUSALS for refusals as cost.
         own: K-FAC Fisher of each adapter on its own data.
+        aligned: Opens the model and what the safety adapter makes of it, for the methods that need an aligned pair.
         seed: Seed of whatever is random.
         refit: The rule `refit`: from a solved pair and a scale to the merged point.
     """
@@ -130,6 +133,7 @@ class Merger:
     roles: Roles
     spectra: Mapping[str, Spectrum]
     own: FisherStatistics
+    aligned: Callable[[], AbstractContextManager[AlignedPair]]
     seed: int
     refit: Callable[[Spectrum, float], Tensor]
 
@@ -157,20 +161,22 @@ class Merger:
         return self._sst(spectrum, settings.get("rule", "project"), scale, filtered)
 
     def _method(self, name: str, spectrum: str, scale: float) -> Adapter:
-        method = available_methods()[name]
-        pair = self.spectra[spectrum]
-        statistics: Any = None
-        if "fishers" in method.needs:
-            statistics = self.own
-        elif "gain_and_cost" in method.needs:
-            statistics = GainAndCost(pair.gain, pair.cost)
-        elif "gain" in method.needs:
-            statistics = GainAndCost(pair.gain)
+        needs, pair = available_methods()[name].needs, self.spectra[spectrum]
+        if "aligned_pair" in needs:
+            with self.aligned() as aligned:
+                return self._merged_by(name, aligned, scale)
+        if "fishers" in needs:
+            return self._merged_by(name, self.own, scale)
+        if "gain_and_cost" in needs:
+            return self._merged_by(name, GainAndCost(pair.gain, pair.cost), scale)
+        return self._merged_by(name, GainAndCost(pair.gain) if "gain" in needs else None, scale)
+
+    def _merged_by(self, name: str, statistics: Statistics | None, scale: float) -> Adapter:
         return merge_adapters(
             list(self.adapters.values()),
             [1.0, scale],
             name,
-            safety="safety" if "safety" in method.needs else None,
+            safety="safety" if "safety" in available_methods()[name].needs else None,
             statistics=statistics,
             dtype=torch.float32,
             seed=self.seed,

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
-from workbench import Workbench, common_arguments, data_sets, in_words, rows_key, stage_names, stopwatch
+from workbench import Workbench, chosen_methods, common_arguments, data_sets, in_words, rows_key, stage_names, stopwatch
 
 from sstmerge import available_methods
 from sstmerge.adapters import Adapter, CoreSpace
@@ -151,12 +151,10 @@ class ManyExperts:
         if max(config.counts) > len(config.tasks):
             raise DataError(f"{max(config.counts)} experts need as many tasks, but {len(config.tasks)} are listed.")
         self.bench, self.out, self.config = bench, out, config
-        runnable = [
-            name
-            for name, method in available_methods().items()
-            if set(method.needs) <= {"fishers"} and name != "cat" and (config.methods is None or name in config.methods)
+        without_roles = [
+            name for name, method in available_methods().items() if set(method.needs) <= {"fishers"} and name != "cat"
         ]
-        self.names = [*(name for name in runnable if name != SST), SST]
+        self.names = [*(name for name in chosen_methods(config.methods, without_roles) if name != SST), SST]
 
     def rows(self, seed: int) -> dict[str, tuple[list[Example], list[Example]]]:
         """Return training and test examples of each task; no training example of any task is a test example of any other.
@@ -403,7 +401,7 @@ def main() -> None:
         "--counts", type=int, nargs="+", help="numbers of experts (default: those of the configuration)"
     )
     parser.add_argument(
-        "--methods", nargs="+", help="methods of the registry beside sst_experts (default: the configuration's)"
+        "--methods", nargs="+", help="methods of the registry beside sst_experts, or all (default: the configuration's)"
     )
     arguments = parser.parse_args()
     config = QUICK if arguments.quick else SHORT if arguments.short else Config()

@@ -18,12 +18,13 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-from candidates import REFIT, REFUSAL_WEIGHT, REFUSALS, Candidate, Merger, candidates, primary
+from candidates import REFIT, REFUSAL_WEIGHT, REFUSALS, SAME_AS_TASK_ARITHMETIC, Candidate, Merger, candidates, primary
 from measurement import OUTCOMES_FILE, as_arrays, measure, together
 from prompts import Prompts, Sizes, with_second_test
 from report import Results, stack, write_report
@@ -207,7 +208,7 @@ class SafetyTax:
         manifest = self.bench.manifest(
             self._title(),
             self.config,
-            not_run="methods that need an aligned full model beside its base (aligned_pair)",
+            not_run=f"{', '.join(SAME_AS_TASK_ARITHMETIC)}: task arithmetic, written in another way",
         )
         write_report(results, self.out, manifest, resamples=self.config.resamples, seed=0)
 
@@ -262,7 +263,15 @@ class SafetyTax:
         def refit(spectrum: Spectrum, scale: float) -> Tensor:
             return refit_cores(bench.model, spectrum, roles.utility, roles.safety, harm, benign, scale=scale).core
 
-        return Merger(adapters, roles, spectra, FisherStatistics(fishers), seed, refit)
+        return Merger(
+            adapters,
+            roles,
+            spectra,
+            FisherStatistics(fishers),
+            partial(bench.aligned_pair, adapters),
+            seed,
+            refit,
+        )
 
     def _with_refusals(self) -> bool:
         return any(candidate.settings.get("spectrum") == REFUSALS for candidate in self.listed)
@@ -333,7 +342,9 @@ def _statistics_of(settings: dict[str, Any]) -> tuple[str, ...]:
 def main() -> None:
     """Run the experiment from the command line."""
     parser = common_arguments(__doc__)
-    parser.add_argument("--methods", nargs="+", help="methods of the registry (default: those of the configuration)")
+    parser.add_argument(
+        "--methods", nargs="+", help="methods of the registry, or all (default: those of the configuration)"
+    )
     parser.add_argument(
         "--structures", nargs="+", choices=STRUCTURES, help="of SST (default: those of the configuration)"
     )

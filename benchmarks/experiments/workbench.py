@@ -5,19 +5,23 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from prompts import DataSets, Prompts, Sizes, draw_prompts
+from safetensors.torch import save_file
 from stages import Stages, digest, file_digest, versions
 
 from sstmerge.adapters import Adapter, CoreSpace, load_adapter
 from sstmerge.demo.train_adapters import ALL_LINEAR, Recipe, fit_adapter
 from sstmerge.errors import DataError, FisherError, SSTMergeError
 from sstmerge.fisher import Fisher, collect_fisher
+from sstmerge.merging.methods.aligned_pair import AlignedPair
 from sstmerge.pipeline.calibration import CollectionOptions, batches_of, collect_pair, refused
 from sstmerge.pipeline.models import load_model, load_tokenizer
 from sstmerge.prompts import Example, encode
@@ -25,6 +29,7 @@ from sstmerge.prompts import Example, encode
 sys.path.append(str(Path(__file__).parents[1]))  # what all benchmarks share
 from measuring import machine
 
+ALL = "all"  # the methods
 ROLES = ("utility", "safety")
 LONGEST = 256  # tokens of a training sequence
 PAIR = ("gain", "cost")
@@ -125,6 +130,30 @@ class Workbench:
     def adapters(self, folders: Folders) -> dict[str, Adapter]:
         """Load the adapters that `train` wrote."""
         return {role: load_adapter(folder / role, name=role) for role, folder in folders.items()}
+
+    @contextmanager
+    def aligned_pair(self, adapters: Mapping[str, Adapter]) -> Iterator[AlignedPair]:
+        """Open the model and what the safety adapter makes of it, as the two checkpoints that SafeLoRA's family compares.
+
+        The safety adapter is what aligns the model here. The files, in float32, are gone afterwards.
+
+        Args:
+            adapters: Adapters by role.
+
+        Yields:
+            The pair.
+        """
+        modules = dict(self.model.named_modules())
+        layers = dict.fromkeys(layer for adapter in adapters.values() for layer in adapter.layers)
+        base = {f"{layer}.weight": modules[layer].weight.detach().float().cpu() for layer in layers}
+        aligned = dict(base)
+        for layer, factors in adapters["safety"].layers.items():
+            aligned[f"{layer}.weight"] = (base[f"{layer}.weight"] + factors.delta()).float()
+        with TemporaryDirectory() as folder:
+            files = Path(folder) / "aligned.safetensors", Path(folder) / "base.safetensors"
+            save_file(aligned, files[0])
+            save_file(base, files[1])
+            yield AlignedPair(*files, list(adapters.values()))
 
     def pair(
         self, gain: list[Example], cost: list[Example], options: CollectionOptions, space: CoreSpace, folders: Folders
@@ -282,6 +311,26 @@ def common_arguments(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--seeds", type=int, nargs="+", help="seeds (default: those of the configuration)")
     parser.add_argument("--estimate-only", action="store_true", help="say how long it would take, and stop")
     return parser
+
+
+def chosen_methods(methods: Sequence[str] | None, offered: Sequence[str]) -> list[str]:
+    """Return the methods that a configuration names.
+
+    Args:
+        methods: Names, ("all",) or None for all.
+        offered: What the experiment can run.
+
+    Returns:
+        The names, in the order of those offered.
+
+    Raises:
+        DataError: A name is not among them.
+    """
+    if methods is None or tuple(methods) == (ALL,):
+        return list(offered)
+    if unknown := sorted({*methods} - {*offered}):
+        raise DataError(f"This experiment has no methods {unknown}; expected '{ALL}' or some of {list(offered)}.")
+    return [name for name in offered if name in methods]
 
 
 def data_sets(arguments: argparse.Namespace) -> DataSets:
