@@ -186,6 +186,29 @@ def test_metrics_of_a_made_up_experiment(modules):
     assert found["sst free"]["pearson of safety and utility"] is None
 
 
+def test_the_picture_colours_the_strongest_rivals_and_task_arithmetic(modules):
+    """Method i refuses i of 20 harmful prompts; all answer everything else and are right; task arithmetic refuses none."""
+    report, n, rivals = modules["report"], 20, [f"rival {i:02d}" for i in range(1, 13)]
+    names = ("task_arithmetic", *rivals, "sst kfac wiener", "sst global project", "control: random directions")
+    refused = np.zeros((len(names), 1, 1, n))
+    for i in range(1, 13):
+        refused[i, ..., :i] = 1
+    ones = np.ones_like(refused)
+    expert = {"refused harmful": ones[0, 0], "refused borderline": ones[0, 0], "correct sst2": ones[0, 0]}
+    results = report.Results(
+        names,
+        dict.fromkeys(names, (1.0,)),
+        {"refused harmful": refused, "refused borderline": 1 - ones, "correct sst2": ones},
+        {"utility": expert},
+        ("sst2",),
+        ("sst kfac wiener",),
+    )
+    labels = [text.get_text() for text in report.draw(results).legends[0].get_texts()]
+    coloured = ["task_arithmetic", *rivals[-9:]]
+    others = ["other methods", "sst, other structures and rules", "controls", "sst kfac wiener"]
+    assert sorted(labels) == sorted([*coloured, *others])
+
+
 def test_fidelity_runs_through_and_resumes(modules, model, sets, tmp_path):
     fidelity, said = modules["fidelity"], []
     config = replace(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,8 @@ from sstmerge.pipeline.evaluate import write_json
 Arrays = Mapping[str, npt.NDArray[Any]]
 Metric = Callable[[Curve, float, float], float | None]
 UTILITY, ANSWERED = "utility", "answered"
+REFERENCE = "task_arithmetic"
+COLOURS = 10  # of matplotlib's cycle
 MATCHED_SHARE = 0.8  # methods are compared at this share of the safety adapter's own refusal
 
 
@@ -154,7 +156,8 @@ def _interval(
 
 
 def draw(results: Results) -> Figure:
-    """Draw both planes of the trade-off, one curve per method."""
+    """Draw both planes of the trade-off, one curve per method; the strongest methods of the registry in colours."""
+    standing_out = {*results.primary, *_strongest(results)}
     figure = Figure(figsize=(14, 6), layout="constrained")
     for axis, (what, label) in zip(
         figure.subplots(1, 2),
@@ -163,7 +166,9 @@ def draw(results: Results) -> Figure:
     ):
         for index, name in enumerate(results.names):
             curve = results.curve(results.samples, index, what)
-            axis.plot(curve.safety, curve.utility, marker="o", markersize=3, **_look(name, results.primary))
+            axis.plot(
+                curve.safety, curve.utility, marker="o", markersize=3, **_look(name, results.primary, standing_out)
+            )
         for name, arrays in results.experts.items():
             safety = float(arrays["refused harmful"].mean())
             other = results.utility_of(arrays) if what == UTILITY else 1 - arrays["refused borderline"].mean()
@@ -177,20 +182,29 @@ def draw(results: Results) -> Figure:
     return figure
 
 
-def _look(name: str, primary: Sequence[str]) -> dict[str, Any]:
-    """Return how a method's curve is drawn: the SST that was chosen beforehand and the rivals stand out."""
+def _strongest(results: Results) -> list[str]:
+    """Return task arithmetic and the rivals of the largest hypervolume in either plane, as many as there are colours."""
+    rivals = [i for i, name in enumerate(results.names) if not name.startswith(("sst ", "control"))]
+    reference = [method for method in rivals if results.names[method] == REFERENCE]
+    planes = [
+        sorted(rivals, key=lambda method: -hypervolume(results.curve(results.samples, method, what)))
+        for what in (UTILITY, ANSWERED)
+    ]
+    ranked = dict.fromkeys(method for pair in zip(*planes, strict=True) for method in pair)
+    return [results.names[method] for method in [*dict.fromkeys([*reference, *ranked])][:COLOURS]]
+
+
+def _look(name: str, primary: Sequence[str], standing_out: Collection[str]) -> dict[str, Any]:
+    """Return how a method's curve is drawn: the SST that was chosen beforehand and the strongest rivals stand out."""
     if name in primary:
         return {"linestyle": "-", "linewidth": 2.5, "label": name, "zorder": 3}
     if name.startswith("control"):
         return {"linestyle": ":", "color": "0.5", "label": "controls"}
-    if name.startswith("sst"):
-        return {
-            "linestyle": "-",
-            "linewidth": 0.8,
-            "color": "0.75",
-            "label": "sst, other structures and rules",
-            "zorder": 1,
-        }
+    background = {"linewidth": 0.8, "color": "0.75", "zorder": 1}
+    if name.startswith("sst "):
+        return {**background, "linestyle": "-", "label": "sst, other structures and rules"}
+    if name not in standing_out:
+        return {**background, "linestyle": "--", "label": "other methods"}
     return {"linestyle": "--", "label": name}
 
 
