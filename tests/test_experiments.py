@@ -111,7 +111,8 @@ def test_safety_tax_runs_through_and_resumes(modules, model, sets, tmp_path, mon
     assert sorted(results["metrics"]) == sorted(names)
     assert all(f"| {name} |" in page for name in names)
     assert results["manifest"]["config"]["seeds"] == [0, 1]
-    assert [point["scale"] for point in results["points"]["regmean"]] == [0.5, 1.5]
+    assert [point["scale"] for point in results["points"]["task_arithmetic"]] == [0.5, 1.5]
+    assert [point["scale"] for point in results["points"]["regmean"]] == [1.0, 3.0]
     assert [p["scale"] for p in results["points"]["sst global project, Kronecker damping"]] == [1.0, 3.0]
     assert "Kronecker damping at [1.0, 3.0]" in page
     # Every stage once: 2 seeds × (2 adapters, 3 pairs of Fishers, 2 own Fishers and one of refusals, 3 models alone,

@@ -108,7 +108,7 @@ class Config:
 SHORT = Config(
     tasks=("sst2",),
     sizes=Sizes(safety=160, utility=160, calibration=64, test=48, task_test=48),
-    scales=(1.0, 1.5, 2.0),
+    scales=(1.0, 1.5, 2.0, 3.0),
     methods=(
         "task_arithmetic",
         "rank_one",
