@@ -37,22 +37,8 @@ EARLY, EARLY_STRETCH = ("kfac", "ekfac", "diagonal"), 0.5
 # What refuses benign prompts is most of the adapter, so little of it is left at scale 1: the units of the sweeps, by μ and
 # exponent.
 REFUSALS_STRETCH = {(STRICT_WIENER, 1.0): 8.0, (30.0, 1.0): 20.0, (3.0, 3.0): 25.0}
-# These refuse .3 to .6 of what the safety adapter refuses at scale 2, since they average, keep one direction or mix factors.
-WEAK, WEAK_STRETCH = (
-    (
-        "rank_one",
-        "iso_c",
-        "iso_cts",
-        "regmean",
-        "vila_pilot",
-        "peft_linear",
-        "peft_magnitude_prune",
-        "peft_ties",
-        "peft_dare_linear",
-        "peft_dare_ties",
-    ),
-    2.0,
-)
+# What averages or flattens refuses .3 to .6 of the harmful prompts at scale 2; SafeMERGE takes a fifth of the adapter.
+METHODS_STRETCH = {"iso_c": 2.0, "iso_cts": 2.0, "regmean": 2.0, "peft_ties": 2.0, "safe_merge": 5.0}
 # The exact sum, written in another way.
 SAME_AS_TASK_ARITHMETIC = ("cat",)
 
@@ -90,7 +76,7 @@ def candidates(methods: Sequence[str] | None, structures: Sequence[str], rules: 
     """
     rivals = [name for name in available_methods() if name not in SAME_AS_TASK_ARITHMETIC]
     chosen = chosen_methods(methods, rivals)
-    listed = [Candidate(name, "method", {"method": name}, WEAK_STRETCH if name in WEAK else 1.0) for name in chosen]
+    listed = [Candidate(name, "method", {"method": name}, METHODS_STRETCH.get(name, 1.0)) for name in chosen]
     listed += [
         Candidate(f"sst {structure} {rule}", "sst", {"structure": structure, "rule": rule}, _stretch(structure, rule))
         for structure in structures
@@ -113,7 +99,7 @@ def candidates(methods: Sequence[str] | None, structures: Sequence[str], rules: 
         listed.append(Candidate("sst global project, Kronecker damping", "sst", damped, stretch=2.0))
     first = structures[0]
     listed += [
-        Candidate("control: random directions", "control", {"structure": first, "control": "random"}, WEAK_STRETCH),
+        Candidate("control: random directions", "control", {"structure": first, "control": "random"}),
         Candidate("control: F_cost = I", "control", {"structure": first, "control": "identity"}),
         Candidate("control: permuted labels", "control", {"structure": first, "control": "permuted"}),
     ]
