@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = [
-    path for folder in ("", "docs", "dev", "benchmarks/results") for path in sorted((ROOT / folder).glob("*.md"))
-]
+FOLDERS = ("", "docs", "dev", "benchmarks/results", "benchmarks/results/report-epyc-cpu")
+DOCUMENTS = [path for folder in FOLDERS for path in sorted((ROOT / folder).glob("*.md"))]
 LINK = re.compile(r"\]\(([^()\s#]*)(?:#([^()\s]+))?\)")
 
 

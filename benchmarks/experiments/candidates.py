@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from workbench import chosen_methods
+from workbench import SAME_AS_TASK_ARITHMETIC, chosen_methods
 
 from sstmerge import available_methods
 from sstmerge.adapters import Adapter
@@ -39,8 +39,6 @@ EARLY, EARLY_STRETCH = ("kfac", "ekfac", "diagonal"), 0.5
 REFUSALS_STRETCH = {(STRICT_WIENER, 1.0): 8.0, (30.0, 1.0): 20.0, (3.0, 3.0): 25.0}
 # What averages or flattens refuses .3 to .6 of the harmful prompts at scale 2; SafeMERGE takes a fifth of the adapter.
 METHODS_STRETCH = {"iso_c": 2.0, "iso_cts": 2.0, "regmean": 2.0, "peft_ties": 2.0, "safe_merge": 5.0}
-# The exact sum, written in another way.
-SAME_AS_TASK_ARITHMETIC = ("cat",)
 
 
 @dataclass(frozen=True)

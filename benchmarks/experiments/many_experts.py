@@ -23,7 +23,17 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
-from workbench import Workbench, chosen_methods, common_arguments, data_sets, in_words, rows_key, stage_names, stopwatch
+from workbench import (
+    SAME_AS_TASK_ARITHMETIC,
+    Workbench,
+    chosen_methods,
+    common_arguments,
+    data_sets,
+    in_words,
+    rows_key,
+    stage_names,
+    stopwatch,
+)
 
 from sstmerge import available_methods
 from sstmerge.adapters import Adapter, CoreSpace
@@ -86,7 +96,7 @@ class Config:
         test: Test examples of each task.
         test_in_all: Test examples of all tasks together at most: of more experts each answers fewer.
         scales: Weights that all experts are given by methods that do not shrink.
-        methods: Methods of the registry; None for all that need no roles.
+        methods: Methods of the registry; None or ("all",) for all that need no roles.
         epochs: Passes of the training.
         learning_rate: Peak learning rate.
         resamples: Bootstrap resamples.
@@ -152,7 +162,9 @@ class ManyExperts:
             raise DataError(f"{max(config.counts)} experts need as many tasks, but {len(config.tasks)} are listed.")
         self.bench, self.out, self.config = bench, out, config
         without_roles = [
-            name for name, method in available_methods().items() if set(method.needs) <= {"fishers"} and name != "cat"
+            name
+            for name, method in available_methods().items()
+            if set(method.needs) <= {"fishers"} and name not in SAME_AS_TASK_ARITHMETIC
         ]
         self.names = [*(name for name in chosen_methods(config.methods, without_roles) if name != SST), SST]
 

@@ -24,7 +24,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-from candidates import REFIT, REFUSAL_WEIGHT, REFUSALS, SAME_AS_TASK_ARITHMETIC, Candidate, Merger, candidates, primary
+from candidates import REFIT, REFUSAL_WEIGHT, REFUSALS, Candidate, Merger, candidates, primary
 from measurement import OUTCOMES_FILE, as_arrays, measure, together
 from prompts import Prompts, Sizes, with_second_test
 from report import Results, stack, write_report
@@ -32,6 +32,7 @@ from torch import Tensor
 from workbench import (
     FULL_TRAINING,
     ROLES,
+    SAME_AS_TASK_ARITHMETIC,
     SHORT_TRAINING,
     Training,
     Workbench,
@@ -72,7 +73,7 @@ class Config:
         seeds: Seeds of training rows, training, calibration rows and labels.
         sizes: Numbers of prompts.
         scales: Factors of the safety adapter.
-        methods: Methods of the registry; None for all.
+        methods: Methods of the registry; None or ("all",) for all.
         structures: Structures of SST.
         rules: Rules of SST.
         training: How the adapters are trained.

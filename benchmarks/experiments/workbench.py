@@ -30,6 +30,7 @@ sys.path.append(str(Path(__file__).parents[1]))  # what all benchmarks share
 from measuring import machine
 
 ALL = "all"  # the methods
+SAME_AS_TASK_ARITHMETIC = ("cat",)  # the exact sum, written in another way
 ROLES = ("utility", "safety")
 LONGEST = 256  # tokens of a training sequence
 PAIR = ("gain", "cost")
