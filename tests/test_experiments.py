@@ -6,10 +6,12 @@ import csv
 import json
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from sstmerge import available_methods
 from sstmerge.adapters import CoreSpace
@@ -162,7 +164,7 @@ def test_metrics_of_a_made_up_experiment(modules):
         "refused borderline": np.stack([np.zeros((3, n)), refused[1]])[:, :, None].astype(float),
         "correct sst2": right[:, :, None].astype(float),
     }
-    expert = {"refused harmful": np.ones((1, n)), "correct sst2": np.ones((1, n))}
+    expert = {name: np.ones((1, n)) for name in samples}
     results = report.Results(
         ("sst free", "paying"),
         {"sst free": (0.5, 1.0, 1.5), "paying": (0.5, 1.0, 1.5)},
@@ -185,6 +187,60 @@ def test_metrics_of_a_made_up_experiment(modules):
     assert found["paying"]["over-refusal at matched safety"]["estimate"] == pytest.approx(0.8)
     assert found["paying"]["pearson of safety and utility"] == pytest.approx(-1)
     assert found["sst free"]["pearson of safety and utility"] is None
+
+
+def test_the_adapters_alone_are_drawn_anew_with_the_methods(modules):
+    """A merge that answers as the adapters alone do pays nothing in any resample, however few prompts there are."""
+    report, rng = modules["report"], np.random.default_rng(0)
+    alone = {
+        "refused harmful": (rng.random((2, 12)) < 0.9).astype(float),
+        "refused borderline": (rng.random((2, 12)) < 0.3).astype(float),
+        "correct sst2": (rng.random((2, 12)) < 0.6).astype(float),
+    }
+    twice = {name: np.stack([answers, answers])[None] for name, answers in alone.items()}
+    results = report.Results(
+        ("as alone",), {"as alone": (1.0, 2.0)}, twice, {"utility": alone, "safety": alone}, ("sst2",), ("as alone",)
+    )
+    found = report.intervals(results, resamples=50, seed=0)["as alone"]
+    tax = found["Safety Tax at matched safety"]
+    assert (tax["low"], tax["estimate"], tax["high"], tax["undefined"]) == (0, 0, 0, 0)
+    assert found["safety at 99 % utility"]["undefined"] == 0
+    assert found["over-refusal at matched safety"]["low"] < found["over-refusal at matched safety"]["high"]
+
+
+def test_leads_are_given_seed_by_seed(modules):
+    """One method refuses every harmful prompt in the first seed, the other in the second; they answer alike otherwise."""
+    report = modules["report"]
+    ones = np.ones((2, 1, 2, 4))
+    refused = ones.copy()
+    refused[0, :, 1] = refused[1, :, 0] = 0.5
+    samples = {"refused harmful": refused, "refused borderline": 0 * ones, "correct sst2": ones}
+    expert = dict.fromkeys(samples, ones[0, 0])
+    names = ("first", "second")
+    results = report.Results(
+        names, dict.fromkeys(names, (1.0,)), samples, {"utility": expert, "safety": expert}, ("sst2",), ("first",)
+    )
+    found = report.intervals(results, resamples=20, seed=0)
+    assert found["second"]["first leads by, hypervolume, safety × utility, by seed"] == [0.5, -0.5]
+    assert "], 1 of 2 | " in report._table_of_leads("first", ["second"], found)[-1]
+
+
+def test_a_share_of_resamples_without_a_value_is_shown(modules):
+    interval = {"estimate": 0.5, "low": 0.4, "high": 0.6, "level": 0.95, "undefined": 30, "resamples": 100}
+    assert modules["report"]._cell(interval) == "0.5 [0.4, 0.6] (30%)"
+    assert modules["report"]._cell(interval | {"undefined": 0}) == "0.5 [0.4, 0.6]"
+    assert modules["report"]._cell(None) == "–"
+
+
+def test_outputs_that_cannot_all_be_written_replace_none(modules, tmp_path):
+    names = ("numbers.json", "picture.png", "page.md")
+    write = partial(modules["workbench"].write_outputs, tmp_path, names)
+    write({"run": 1}, Figure(), ["first"])
+    with pytest.raises(TypeError):
+        write({"run": 2}, Figure(), [2])
+    assert json.loads((tmp_path / "numbers.json").read_text()) == {"run": 1}
+    assert (tmp_path / "page.md").read_text() == "first\n"
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names)
 
 
 def test_the_picture_colours_the_strongest_rivals_and_task_arithmetic(modules):
@@ -231,9 +287,11 @@ def test_fidelity_runs_through_and_resumes(modules, model, sets, tmp_path):
     for row in rows:
         assert row["measured KL"] > 0
         assert row["held-out KL"] > 0
-        ratio = row["measured / predicted"]
+        ratio = row["measured / predicted KL"]
         assert ratio["estimate"] == pytest.approx(row["measured KL"] / row["predicted KL"])
         assert ratio["low"] <= ratio["estimate"] <= ratio["high"]
+        halves = row["measured / split-half KL"]["estimate"]
+        assert halves == pytest.approx(row["measured KL"] / row["split-half KL"])
         assert -1.001 <= row["agreement"] <= 1.001
     # The first case of every reference is what the others are compared with.
     assert [r["agreement"] for r in rows[:: len(rows) // 2]] == pytest.approx([1, 1])
@@ -287,7 +345,20 @@ def test_many_experts_runs_through_and_resumes(modules, model, data, sets, tmp_p
         answered = {2: 16, 3: 11}[row["experts"]]
         right = [answered * accuracy for accuracy in row["by task"][many.PLAIN].values()]
         assert right == pytest.approx(np.round(right))
-    assert "| sst_experts | " in (tmp_path / "out" / "many_experts.md").read_text()
+        if row["method"] != many.SST:
+            sst = next(r for r in rows if (r["experts"], r["method"]) == (row["experts"], many.SST))
+            lead = row[many.LEAD][many.PLAIN]
+            assert lead["estimate"] == pytest.approx(sst[many.PLAIN]["estimate"] - row[many.PLAIN]["estimate"])
+            assert lead["low"] <= lead["estimate"] <= lead["high"]
+    page = (tmp_path / "out" / "many_experts.md").read_text()
+    assert page.count("| sst_experts | ") == 2
+    assert page.count("| regmean | ") == 3
+    # A merge by Fishers depends on them, one without does not.
+    more = many.ManyExperts(bench, tmp_path / "out", replace(config, fisher_rows=4))
+    said.clear()
+    more.run()
+    assert {line.split(" ")[0].split("-")[0] for line in said} == {"own", "experts"}
+    assert len(said) == (2 + 3) + 2 * (4 + 4)
     fewer = many.ManyExperts(bench, tmp_path, replace(config, counts=(2,))).rows(0)
     assert fewer == {task: rows for task, rows in experiment.rows(0).items() if task in fewer}
     # Coordinates in other bases mean something else: such a Fisher once passed for the space's own.

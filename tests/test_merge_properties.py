@@ -27,6 +27,8 @@ from sstmerge.gevp import solve
 from sstmerge.merging import Rule, Selection, merge_cores, merge_experts
 from sstmerge.merging.stability import split_half_stability
 from sstmerge.pipeline.evaluate import measured_kl
+from sstmerge.pipeline.merge import finish
+from sstmerge.pipeline.roles import roles_in
 
 STRUCTURES = ("diagonal", "kfac", "ekfac", "block", "global")
 
@@ -205,7 +207,7 @@ def twice(batch):
 @pytest.mark.parametrize("structure", ["diagonal", "kfac", "block", "global"])
 def test_equal_halves_are_perfectly_stable(model, space, structure):
     gain, cost = (collect_fisher(model, [twice(b)], space, structure=structure) for b in (HARM, BENIGN))
-    stability = split_half_stability(solve(gain, cost), space.core(SAFETY), directions=4)
+    stability = split_half_stability(solve(gain, cost), space.core(SAFETY), kept=4)
     assert stability.directions == 4
     assert stability.subspace_overlap == pytest.approx(1.0, abs=1e-6)
     assert stability.held_out_gain == pytest.approx(stability.in_sample_gain, rel=1e-6)
@@ -234,7 +236,7 @@ def test_random_scores_are_as_unstable_as_chance(space, spectra, structure):
     found = []
     for _ in range(6):
         gain, cost = noise(spectra[structure].gain, 12), noise(spectra[structure].cost, 400)
-        found.append(split_half_stability(solve(gain, cost), space.core(SAFETY), directions=4))
+        found.append(split_half_stability(solve(gain, cost), space.core(SAFETY), kept=4))
     overlap = sum(stability.subspace_overlap for stability in found) / len(found)
     assert 0.3 < overlap / found[0].chance_overlap < 3.0
     assert all(stability.held_out_gain < stability.in_sample_gain for stability in found)
@@ -244,7 +246,7 @@ def test_random_scores_are_as_unstable_as_chance(space, spectra, structure):
 def test_a_filter_is_judged_by_the_steps_of_its_halves(spectra, space, structure):
     whole, safety = spectra[structure], space.core(SAFETY)
     selection = Selection(mu=3.0 * float(whole.eigenvalues.max()), exponent=2.0)
-    stability = split_half_stability(whole, safety, directions=0, filtered=selection, scale=7.0)
+    stability = split_half_stability(whole, safety, kept=space.size, mu=selection.mu, exponent=2.0, scale=7.0)
     weights = (whole.eigenvalues / (whole.eigenvalues + selection.mu)).square()
     assert stability.directions == min(64, int((weights > 0.5 * weights.max()).sum()))
     held_out_kl, held_out_gain = [], []
@@ -258,10 +260,30 @@ def test_a_filter_is_judged_by_the_steps_of_its_halves(spectra, space, structure
     assert stability.held_out_gain == pytest.approx(sum(held_out_gain) / 2, rel=1e-9)
 
 
+@pytest.mark.parametrize("rule", [Rule.PROJECT, Rule.JOINT])
+def test_halves_are_judged_by_the_whole_step_of_the_merge(spectra, space, rule, monkeypatch):
+    """With more directions than are compared as subspaces, and at the merge's scale: what each half alone would merge."""
+    whole, roles = spectra["kfac"], roles_in(space, [UTILITY], SAFETY, None)
+    selection = Selection(fraction=0.6, mu=None if rule is Rule.PROJECT else 2.0)
+    options = {"rule": rule, "scale": 3.0, "selection": selection}
+    merged = merge_cores(whole, roles.utility, roles.safety, **options)
+    monkeypatch.setattr("sstmerge.merging.stability._COMPARED", 8)
+    stability = finish(roles, merged, whole).stability
+    on_the_other, on_its_own = [], []
+    for h in (0, 1):
+        half = solve(whole.gain.half(h), whole.cost.half(h), damping=whole.damping)
+        step = merge_cores(half, roles.utility, roles.safety, **options).core - roles.utility
+        on_the_other.append(0.5 * whole.cost.half(1 - h).quadratic(step))
+        on_its_own.append(0.5 * whole.cost.half(h).quadratic(step))
+    assert stability.directions <= 8 < merged.kept.count_nonzero()
+    assert stability.held_out_kl == pytest.approx(sum(on_the_other) / 2, rel=1e-9)
+    assert stability.in_sample_kl == pytest.approx(sum(on_its_own) / 2, rel=1e-9)
+
+
 def test_the_kl_of_a_half_s_step_is_measured_on_the_other(spectra, space):
     """By hand, for one direction: the step is v (vᵀ F_cost φ) of one half, its KL ½ stepᵀ F step of the other."""
     whole = spectra["block"]
-    stability = split_half_stability(whole, space.core(SAFETY), directions=1)
+    stability = split_half_stability(whole, space.core(SAFETY), kept=1)
     own, other = [], []
     for h in (0, 1):
         half = solve(whole.gain.half(h), whole.cost.half(h), damping=whole.damping)

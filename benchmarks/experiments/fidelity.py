@@ -6,6 +6,8 @@ For every structure, reference and number of calibration prompts the same adapte
 scale 1) and compared on held-out prompts:
 
     predicted KL    ½ Δᵀ F_cost Δ, of the change Δ from the utility model, on the calibration prompts
+    split-half KL   what the merge's report tells users to believe instead: the same of the merge by either half of the
+                    calibration prompts, on the other half
     held-out KL     the same with an exact (`global`) Fisher of other prompts: what of the error is the sample
     measured KL     KL(p_utility ‖ p_merged) of other prompts' responses: what of the error is the quadratic model
     efficiency      Δᵀ F_gain Δ / Δᵀ F_cost Δ on calibration and on held-out prompts; their ratio is the optimism
@@ -36,9 +38,11 @@ from workbench import (
     rows_key,
     stage_names,
     stopwatch,
+    write_outputs,
 )
 
 from sstmerge.adapters import CoreSpace
+from sstmerge.errors import DataError
 from sstmerge.evaluation.metrics import Interval, bootstrap
 from sstmerge.fisher import Fisher
 from sstmerge.gevp import solve
@@ -46,6 +50,7 @@ from sstmerge.merging import merge_cores
 from sstmerge.pipeline.calibration import CollectionOptions, batches_of
 from sstmerge.pipeline.evaluate import measured_kl, write_json
 from sstmerge.pipeline.evaluate_job import core_state
+from sstmerge.pipeline.merge import finish
 from sstmerge.pipeline.roles import Roles, roles_in
 
 EXACT = "global"
@@ -98,7 +103,8 @@ QUICK = Config(
     training=SHORT_TRAINING,
     resamples=300,
 )
-COLUMNS = ("predicted KL", "held-out KL", "measured KL", "efficiency", "held-out efficiency", "agreement")
+PREDICTIONS = ("predicted KL", "split-half KL")
+COLUMNS = (*PREDICTIONS, "held-out KL", "measured KL", "efficiency", "held-out efficiency", "agreement")
 
 
 @dataclass(frozen=True)
@@ -136,9 +142,8 @@ class Fidelity:
         found = [self._seed(seed) for seed in self.config.seeds]
         rows = [self._row(case, [one[index] for one in found]) for index, case in enumerate(self.cases)]
         manifest = self.bench.manifest("Experiment C: fidelity", self.config)
-        write_json({"manifest": manifest, "rows": rows}, self.out / "fidelity.json")
-        _draw(rows).savefig(self.out / "fidelity.png", dpi=150)
-        (self.out / "fidelity.md").write_text("\n".join(self._page(rows)) + "\n", encoding="utf-8")
+        names = ("fidelity.json", "fidelity.png", "fidelity.md")
+        write_outputs(self.out, names, {"manifest": manifest, "rows": rows}, _draw(rows), self._page(rows))
 
     def _seed(self, seed: int) -> list[dict[str, Any]]:
         config, bench = self.config, self.bench
@@ -157,7 +162,11 @@ class Fidelity:
             share = case.samples / len(gain[0])
             chosen = gain[0][: case.samples], cost[0][: max(2, round(share * len(cost[0])))]
             fishers = bench.pair(*chosen, options, space, folders)
-            merged = merge_cores(solve(*fishers), roles.utility, roles.safety)
+            spectrum = solve(*fishers)
+            merged = merge_cores(spectrum, roles.utility, roles.safety)
+            stability = finish(roles, merged, spectrum).stability
+            if stability is None:
+                raise DataError(f"{case.samples} calibration prompts have an empty half; take two at least.")
             change = merged.core - roles.utility
             exact = changes.setdefault(
                 case.reference, change
@@ -167,6 +176,7 @@ class Fidelity:
                 {
                     "directions": merged.report.directions,
                     "predicted KL": merged.report.predicted_kl,
+                    "split-half KL": stability.held_out_kl,
                     "held-out KL": 0.5 * held_out[1].quadratic(change),
                     "efficiency": _efficiency(fishers, change),
                     "held-out efficiency": _efficiency(held_out, change),
@@ -198,21 +208,25 @@ class Fidelity:
         return json.loads((folder / "kl.json").read_text(encoding="utf-8"))
 
     def _row(self, case: Case, seeds: list[dict[str, Any]]) -> dict[str, Any]:
-        """Return the means over seeds, and an interval of measured over predicted KL over seeds and prompts."""
+        """Return the means over seeds, and intervals of measured over predicted KL over seeds and prompts."""
         means = {
             name: float(np.mean([one[name] for one in seeds])) for name in ("directions", *COLUMNS) if name in seeds[0]
         }
         sums = np.array([one["kl"] for one in seeds])  # (seeds, prompts, KL and tokens)
-        predicted = np.array([[one["predicted KL"]] * sums.shape[1] for one in seeds])
-        samples = {"kl": np.stack([sums[..., 0], sums[..., 1], predicted])}
+        ratios = {f"measured / {name}": self._ratio(sums, [one[name] for one in seeds]) for name in PREDICTIONS}
+        measured = float(sums[..., 0].sum() / sums[..., 1].sum())
+        return asdict(case) | means | {"measured KL": measured} | ratios
+
+    def _ratio(self, sums: Any, predicted: list[float]) -> dict[str, Any]:
+        """Return measured KL, from (seeds, prompts, KL and tokens), over a prediction of each seed."""
+        repeated = np.repeat(np.array(predicted)[:, None], sums.shape[1], axis=1)
+        samples = {"kl": np.stack([sums[..., 0], sums[..., 1], repeated])}
 
         def ratio(arrays: Any) -> float | None:
             kl, tokens, expected = arrays["kl"]
             return float(kl.sum() / tokens.sum() / expected.mean()) if expected.mean() > 0 else None
 
-        interval = bootstrap(ratio, samples, resamples=self.config.resamples)
-        measured = float(sums[..., 0].sum() / sums[..., 1].sum())
-        return asdict(case) | means | {"measured KL": measured, "measured / predicted": interval.to_json()}
+        return bootstrap(ratio, samples, resamples=self.config.resamples).to_json()
 
     def _page(self, rows: list[dict[str, Any]]) -> list[str]:
         seeds = len(self.config.seeds)
@@ -224,14 +238,14 @@ class Fidelity:
             "",
             "![Predicted and held-out against measured KL](fidelity.png)",
             "",
-            "| reference | structure | prompts | directions | predicted | held-out | measured | measured / predicted | "
-            "optimism | agreement |",
-            "|" + "---|" * 10,
+            "| reference | structure | prompts | directions | predicted | split halves | held-out | measured | "
+            "measured / predicted | measured / split halves | optimism | agreement |",
+            "|" + "---|" * 12,
         ]
         for row in rows:
             cells = [row["reference"], row["structure"], row["samples"], f"{row['directions']:.0f}"]
-            cells += [f"{row[name]:.4f}" for name in COLUMNS[:3]]
-            cells += [str(Interval(**row["measured / predicted"]))]
+            cells += [f"{row[name]:.4f}" for name in COLUMNS[:4]]
+            cells += [str(Interval(**row[f"measured / {name}"])) for name in PREDICTIONS]
             cells += [f"{row['efficiency'] / row['held-out efficiency']:.2f}" if row["held-out efficiency"] else "–"]
             lines.append("| " + " | ".join(map(str, [*cells, f"{row['agreement']:.2f}"])) + " |")
         return lines
@@ -258,13 +272,13 @@ def _cosine(fisher: Fisher, first: Tensor, second: Tensor) -> float:
 
 
 def _draw(rows: list[dict[str, Any]]) -> Figure:
-    """Draw predicted and held-out KL against the measured one, a panel each, with the line where they agree."""
-    figure = Figure(figsize=(11, 5), layout="constrained")
-    positive = [row[name] for row in rows for name in COLUMNS[:3] if row[name] > 0]
+    """Draw the predictions of the KL against the measured one, a panel each, with the line where they agree."""
+    figure = Figure(figsize=(15, 5), layout="constrained")
+    positive = [row[name] for row in rows for name in COLUMNS[:4] if row[name] > 0]
     limits = (min(positive) / 2, max(positive) * 2)
     structures = sorted({row["structure"] for row in rows})
     samples = sorted({row["samples"] for row in rows})
-    for axis, name in zip(figure.subplots(1, 2), COLUMNS[:2], strict=True):
+    for axis, name in zip(figure.subplots(1, 3), COLUMNS[:3], strict=True):
         for row in rows:
             size = 30 * (1 + samples.index(row["samples"]))
             color = f"C{structures.index(row['structure'])}"

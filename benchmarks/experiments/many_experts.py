@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -24,6 +24,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 from workbench import (
+    OWN_FISHER,
     SAME_AS_TASK_ARITHMETIC,
     Workbench,
     chosen_methods,
@@ -33,6 +34,7 @@ from workbench import (
     rows_key,
     stage_names,
     stopwatch,
+    write_outputs,
 )
 
 from sstmerge import available_methods
@@ -57,6 +59,7 @@ AVERAGES = ("fisher_diagonal", "fisher_full", "regmean")
 SCALES_OF_FILTERS = (1.0, 1.5, 2.0, 3.0)
 NORMALISED, PLAIN = "normalised average accuracy", "average accuracy"
 BASE, EXPERTS = "base", "experts"
+LEAD = f"{SST} leads by"
 LONGEST_PROMPT = 400  # characters
 # No two of the first eight ask the same question of the same kind of text.
 TASKS = (
@@ -223,9 +226,9 @@ class ManyExperts:
         samples = {k: {t: np.stack([one[k][t] for one in found]) for t in found[0][k]} for k in keys}
         rows = [self._row(count, name, samples) for count in config.counts for name in (BASE, *self.names)]
         manifest = self.bench.manifest("Experiment B: many experts", self.config)
-        write_json({"manifest": manifest, "rows": rows}, self.out / "many_experts.json")
-        _draw(rows, config.counts, [BASE, *self.names]).savefig(self.out / "many_experts.png", dpi=150)
-        (self.out / "many_experts.md").write_text("\n".join(self._page(rows)) + "\n", encoding="utf-8")
+        names = ("many_experts.json", "many_experts.png", "many_experts.md")
+        figure = _draw(rows, config.counts, [BASE, *self.names])
+        write_outputs(self.out, names, {"manifest": manifest, "rows": rows}, figure, self._page(rows))
 
     def _seed(self, seed: int) -> dict[tuple[int, str, float], dict[str, Any]]:
         config, bench = self.config, self.bench
@@ -255,6 +258,8 @@ class ManyExperts:
                 merge = _Merging(name, seed, adapters, fishers)
                 for scale in self.scales(name):
                     settings = {"method": name, "scale": scale, "seed": seed, "structure": STATISTICS}
+                    if merge.needs_fishers:
+                        settings["fishers"] = bench.fisher_stages(OWN_FISHER, some)
                     found[count, name, scale] = self._point(
                         name, partial(merge, scale), space, measured, some, settings
                     )
@@ -295,9 +300,7 @@ class ManyExperts:
 
     def _row(self, count: int, name: str, samples: Mapping[Any, Mapping[str, Any]]) -> dict[str, Any]:
         """Return a method's accuracies at its best scale, which is chosen for each number, and again in every resample."""
-        experts = samples[count, EXPERTS, 1.0]
-        scales = (0.0,) if name == BASE else self.scales(name)
-        stacked = {t: np.stack([experts[t], *(samples[count, name, a][t] for a in scales)]) for t in experts}
+        stacked, scales = self._stacked(count, (name,), samples)
         if any(not values[0].any() for values in stacked.values()):
             raise DataError(f"An expert of {sorted(stacked)} is never right on its own task; train it longer.")
         found: dict[str, Any] = {"experts": count, "method": name, "by task": {}}
@@ -312,7 +315,35 @@ class ManyExperts:
             }
             found["by task"][metric] = {task: float(values[best + 1].mean()) for task, values in stacked.items()}
         found["accuracy of the experts"] = {task: float(values[0].mean()) for task, values in stacked.items()}
+        if name != SST:
+            found[LEAD] = self._leads(count, name, samples)
         return found
+
+    def _stacked(
+        self, count: int, names: Sequence[str], samples: Mapping[Any, Mapping[str, Any]]
+    ) -> tuple[dict[str, Any], list[float]]:
+        """Return answers by task, (1 + points, seeds, prompts): the expert's, and those of every method at its scales."""
+        experts = samples[count, EXPERTS, 1.0]
+        points = [(name, scale) for name in names for scale in ((0.0,) if name == BASE else self.scales(name))]
+        stacked = {t: np.stack([experts[t], *(samples[count, *point][t] for point in points)]) for t in experts}
+        return stacked, [scale for _, scale in points]
+
+    def _leads(self, count: int, other: str, samples: Mapping[Any, Mapping[str, Any]]) -> dict[str, Any]:
+        """Return how far SST is ahead of a method, each at its best scale, on the same examples and seeds."""
+        stacked, _ = self._stacked(count, (SST, other), samples)
+        own = len(self.scales(SST))
+
+        def lead(arrays: Mapping[str, Any], metric: str) -> float | None:
+            if not all(values[0].any() for values in arrays.values()):
+                return None
+            by_scale = _accuracies(arrays, metric)
+            return max(by_scale[:own]) - max(by_scale[own:])
+
+        resamples = self.config.resamples
+        return {
+            metric: bootstrap(partial(lead, metric=metric), stacked, resamples=resamples).to_json()
+            for metric in (NORMALISED, PLAIN)
+        }
 
     def _page(self, rows: list[dict[str, Any]]) -> list[str]:
         seeds = len(self.config.seeds)
@@ -333,6 +364,15 @@ class ManyExperts:
             for name in (BASE, *self.names):
                 found = [row[metric] for row in rows if row["method"] == name]
                 cells = [_cell(values, with_scale=name != BASE) for values in found]
+                lines.append(f"| {name} | " + " | ".join(cells) + " |")
+        lines += ["", f"## How far {SST} is ahead, average accuracy", ""]
+        lines += ["On the same examples; bold where the interval excludes that they are level.", ""]
+        lines.append("| against | " + " | ".join(f"{count} experts" for count in self.config.counts) + " |")
+        lines.append("|---|" + "---|" * len(self.config.counts))
+        for name in (BASE, *self.names):
+            if name != SST:
+                leads = [Interval(**row[LEAD][PLAIN]) for row in rows if row["method"] == name]
+                cells = [f"**{lead}**" if lead.excludes_zero else str(lead) for lead in leads]
                 lines.append(f"| {name} | " + " | ".join(cells) + " |")
         return lines
 
@@ -358,10 +398,15 @@ def _cell(values: Mapping[str, Any], *, with_scale: bool) -> str:
 
 
 class _Merging:
-    """A method's merges at several scales."""
+    """A method's merges at several scales.
+
+    Attributes:
+        needs_fishers: Whether the method looks at the experts' Fishers.
+    """
 
     def __init__(self, name: str, seed: int, adapters: Mapping[str, Adapter], fishers: Mapping[str, Fisher]) -> None:
         self._name, self._seed, self._adapters, self._fishers = name, seed, adapters, fishers
+        self.needs_fishers = bool(available_methods()[name].needs)
 
     def __call__(self, scale: float) -> Adapter:
         """Return the merge at a scale: of all experts' weights, or for merges by Fishers of their result."""
@@ -377,12 +422,11 @@ class _Merging:
         return self._at([1.0] * len(self._adapters))
 
     def _at(self, weights: list[float]) -> Adapter:
-        needs = available_methods()[self._name].needs
         return merge_adapters(
             list(self._adapters.values()),
             weights,
             self._name,
-            statistics=FisherStatistics(self._fishers) if needs else None,
+            statistics=FisherStatistics(self._fishers) if self.needs_fishers else None,
             dtype=torch.float32,
             seed=self._seed,
         )

@@ -67,7 +67,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Prompts:
-    """All prompts of one seed; test prompts are the same for every seed.
+    """All prompts of one seed; test prompts are the same for every seed (but `with_second_test`).
 
     Attributes:
         safety: What the safety adapter learns.
@@ -149,6 +149,9 @@ def draw_prompts(data: DataSets, tasks: Sequence[str], sizes: Sizes, seed: int) 
 def with_second_test(prompts: Prompts, data: DataSets, count: int) -> Prompts:
     """Return the same prompts with other test prompts, on which nothing was ever measured or chosen.
 
+    What the seed is trained or calibrated on is left out before they are drawn, so that the ordinary ones, of whose set the
+    seeds learn different prompts, differ between seeds; the harmful and borderline ones do not.
+
     Args:
         prompts: The prompts of a seed.
         data: The data sets.
@@ -175,5 +178,6 @@ def _short(examples: Sequence[Example]) -> list[Example]:
 
 def _draw(examples: Sequence[Example], count: int, seed: int) -> list[Example]:
     if count > len(examples):
-        raise DataError(f"{count} prompts are needed, but only {len(examples)} are there (of {examples[0].source}, …).")
+        source = f" (of {examples[0].source}, …)" if examples else ""
+        raise DataError(f"{count} prompts are needed, but only {len(examples)} are there{source}.")
     return random.Random(seed).sample(list(examples), count)

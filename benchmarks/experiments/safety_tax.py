@@ -31,6 +31,7 @@ from report import Results, stack, write_report
 from torch import Tensor
 from workbench import (
     FULL_TRAINING,
+    OWN_FISHER,
     ROLES,
     SAME_AS_TASK_ARITHMETIC,
     SHORT_TRAINING,
@@ -314,15 +315,12 @@ class SafetyTax:
             "settings": settings,
             "seed": seed,
             "adapters": stage_names(folders),
-            "statistics": [n for n in self.bench.stages.records if n.startswith(used) and self._of_seed(n, folders)],
+            "statistics": self.bench.fisher_stages(used, folders),
             "test": {kind: rows_key(rows) for kind, rows in (prompts.test | prompts.tasks).items()},
             "answer_tokens": self.config.answer_tokens,
         }
         folder = self.bench.stages.run("point", inputs, compute)
         return as_arrays(json.loads((folder / OUTCOMES_FILE).read_text(encoding="utf-8")))
-
-    def _of_seed(self, stage: str, folders: dict[str, Path]) -> bool:
-        return self.bench.stages.records[stage]["inputs"]["adapters"] == stage_names(folders)
 
     def _measure(self, state: Callable[[], Any], prompts: Prompts, folder: Path) -> None:
         bench = self.bench
@@ -336,7 +334,7 @@ def _statistics_of(settings: dict[str, Any]) -> tuple[str, ...]:
     if "structure" in settings:
         return (f"fishers-{settings['structure']}-",)
     if "method" in settings and available_methods()[settings["method"]].needs:
-        return (f"fishers-{STATISTICS}-", "own-fisher-")
+        return (f"fishers-{STATISTICS}-", OWN_FISHER)
     return ()
 
 

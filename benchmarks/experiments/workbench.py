@@ -6,23 +6,26 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from matplotlib.figure import Figure
 from prompts import DataSets, Prompts, Sizes, draw_prompts
 from safetensors.torch import save_file
 from stages import Stages, digest, file_digest, versions
 
 from sstmerge.adapters import Adapter, CoreSpace, load_adapter
+from sstmerge.atomic import atomic_file
 from sstmerge.demo.train_adapters import ALL_LINEAR, Recipe, fit_adapter
 from sstmerge.errors import DataError, FisherError, SSTMergeError
 from sstmerge.fisher import Fisher, collect_fisher
 from sstmerge.merging.methods.aligned_pair import AlignedPair
 from sstmerge.pipeline.calibration import CollectionOptions, batches_of, collect_pair, refused
+from sstmerge.pipeline.evaluate import write_json
 from sstmerge.pipeline.models import load_model, load_tokenizer
 from sstmerge.prompts import Example, encode
 
@@ -34,6 +37,7 @@ SAME_AS_TASK_ARITHMETIC = ("cat",)  # the exact sum, written in another way
 ROLES = ("utility", "safety")
 LONGEST = 256  # tokens of a training sequence
 PAIR = ("gain", "cost")
+OWN_FISHER = "own-fisher-"  # how the stages' names begin
 Folders = Mapping[str, Path]
 
 
@@ -204,6 +208,13 @@ class Workbench:
         folder = self.stages.run(f"refusal-fisher-{options.structure}", inputs, compute)
         return _kept(folder, "refusals", space)
 
+    def fisher_stages(self, beginnings: str | tuple[str, ...], folders: Folders) -> list[str]:
+        """Return the names of the stages of Fishers of these adapters that were asked for, by how the names begin."""
+        names, records = stage_names(folders), self.stages.records
+        return [
+            name for name in records if name.startswith(beginnings) and records[name]["inputs"]["adapters"] == names
+        ]
+
     def own_fisher(
         self,
         role: str,
@@ -236,7 +247,7 @@ class Workbench:
             "reference": reference or role,
             "seed": seed,
         }
-        folder = self.stages.run(f"own-fisher-{role}", inputs, compute)
+        folder = self.stages.run(OWN_FISHER + role, inputs, compute)
         return _kept(folder, "own", space)
 
     def manifest(self, experiment: str, config: Any, **more: Any) -> dict[str, Any]:
@@ -295,6 +306,25 @@ def rows_key(rows: Sequence[Example]) -> str:
 def stage_names(folders: Folders) -> dict[str, str]:
     """Return the names of stages' folders, which hold the hashes of what they depend on."""
     return {role: folder.name for role, folder in folders.items()}
+
+
+def write_outputs(
+    folder: Path, names: tuple[str, str, str], numbers: Mapping[str, Any], figure: Figure, page: Sequence[str]
+) -> None:
+    """Write numbers, picture and page of one run: all three are there before the first takes the place of an older one.
+
+    Args:
+        folder: Folder to write into.
+        names: Names of the JSON file, the PNG picture and the Markdown page.
+        numbers: The numbers.
+        figure: The picture.
+        page: Lines of the page.
+    """
+    with ExitStack() as files:
+        json_file, png, markdown = (files.enter_context(atomic_file(folder / name)) for name in names)
+        write_json(numbers, json_file)
+        figure.savefig(png, dpi=150, format="png")
+        markdown.write_text("\n".join(page) + "\n", encoding="utf-8")
 
 
 def common_arguments(description: str) -> argparse.ArgumentParser:

@@ -98,7 +98,7 @@ def select(selection: Selection, eigenvalues: Tensor, coordinates: Tensor, dimen
         kept = int(reached.to(torch.int8).argmax()) + 1
     else:
         kept = count
-    return _largest(eigenvalues, kept)
+    return most_efficient(eigenvalues, kept)
 
 
 def largest(values: Tensor, count: int) -> Tensor:
@@ -119,8 +119,16 @@ def _among_the_largest(values: Tensor, count: int) -> Tensor:
     return torch.cat([best.flatten(), values[rows * _ROW :]])
 
 
-def _largest(eigenvalues: Tensor, kept: int) -> Tensor:
-    """Return 1 for the `kept` largest λ, of equal ones the first, and 0 for others; without sorting all of them."""
+def most_efficient(eigenvalues: Tensor, kept: int) -> Tensor:
+    """Return 1 for the `kept` largest λ, of equal ones the first, and 0 for others, without sorting all of them.
+
+    Args:
+        eigenvalues: λ, shape (m,).
+        kept: Number of directions, at most m.
+
+    Returns:
+        The weights, shape (m,), of the eigenvalues' dtype.
+    """
     if kept == len(eigenvalues):
         return torch.ones_like(eigenvalues)
     smallest = _among_the_largest(eigenvalues, kept).topk(kept, sorted=False).values.min()

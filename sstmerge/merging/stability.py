@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sstmerge.fisher import Fisher
 from sstmerge.gevp import Spectrum, solve
-from sstmerge.merging.selection import Selection, efficiency_order, shrinkage
+from sstmerge.merging.selection import efficiency_order, most_efficient, shrinkage
 
 # Directions that are compared; enough for every selection in practice, and cheap.
 _COMPARED = 64
@@ -23,13 +23,12 @@ class Stability:
         directions: Number k of directions compared, those of largest λ.
         subspace_overlap: ‖V₀ᵀ F_cost V₁‖² / k of the two halves' top-k subspaces; 1 if they are equal.
         chance_overlap: What unrelated subspaces of this size would give, k / D.
-        held_out_gain: Share of the safety adapter's gain, measured on one half, that the directions of the other half
-            keep; mean of both ways.
+        held_out_gain: Share of the source's gain, measured on one half, that the other half's step keeps; mean of both ways.
         held_out_cost: The same for the cost.
-        in_sample_gain: Share of the gain that a half's directions keep on that half itself.
-        held_out_kl: ½ Δᵀ F_cost Δ of a half's step, by the other half's F_cost, nats per token; mean of both ways. A
-            projection's step is at scale 1, a filter's at the merge's. With few sequences this is the one to believe:
-            directions are chosen where their own F_cost is small.
+        in_sample_gain: Share of the gain that a half's step keeps on that half itself.
+        held_out_kl: ½ Δᵀ F_cost Δ of a half's step Δ, at the merge's scale, by the other half's F_cost, nats per token;
+            mean of both ways. With few sequences this is the one to believe: directions are chosen where their own F_cost
+            is small.
         in_sample_kl: The same by the half's own F_cost.
     """
 
@@ -48,44 +47,49 @@ class Stability:
 
 
 def split_half_stability(
-    whole: Spectrum, safety: Tensor, *, directions: int, filtered: Selection | None = None, scale: float = 1.0
+    whole: Spectrum,
+    source: Tensor,
+    *,
+    kept: int,
+    mu: float = 0.0,
+    exponent: float = 1.0,
+    rest: float = 0.0,
+    scale: float = 1.0,
 ) -> Stability:
     """Solve both halves apart and compare.
 
-    A half's step is the projection on its directions; or, where the merge is a filter of every direction, that filter's.
+    A half's step is what the merge would be with that half alone: as many directions of largest λ, under the same filter,
+    at the same scale.
 
     Args:
         whole: The solved pair.
-        safety: The safety adapter in the spectrum's space, shape (D,).
-        directions: Number of directions that the merge keeps; at most 64 of them are compared. Of a filter, those that keep
-            half of the largest weight at least are compared instead.
-        filtered: μ and exponent of the filter; None for a projection.
-        scale: Factor of the filter's step.
+        source: What the merge filters, in the spectrum's space: the safety adapter, for `joint` less the utility adapter,
+            shape (D,).
+        kept: Number of directions that have a part in the merge. Of a projection at most the first 64 are compared as
+            subspaces; of a filter those that keep half of the largest weight at least, at most 64, too.
+        mu: Shrinkage μ of the filter; 0 for a projection.
+        exponent: Exponent of the filter.
+        rest: Factor of the part of the source that lies in no listed direction.
+        scale: Factor of the step.
 
     Returns:
         The comparison.
     """
     halves = [(whole.gain.half(h), whole.cost.half(h)) for h in (0, 1)]
     spectra = [solve(*half, damping=whole.damping) for half in halves]
-    if filtered is not None:
-        weights = _weights(whole, filtered)
-        directions = int((weights > 0.5 * weights.max()).count_nonzero())
-    count = max(1, min(directions, _COMPARED, *(len(s.eigenvalues) for s in spectra)))
-    bases = [_top_vectors(spectrum, count) for spectrum in spectra]
-    orthonormal = [_orthonormal(whole, basis) for basis in bases]
+    weights = _weights(whole, kept, mu, exponent)
+    strongest = int((weights > 0.5 * weights.max()).count_nonzero())
+    count = max(1, min(strongest, _COMPARED, *(len(s.eigenvalues) for s in spectra)))
+    orthonormal = [_orthonormal(whole, _top_vectors(spectrum, count)) for spectrum in spectra]
     overlap = float((orthonormal[0] @ orthonormal[1].mT).square().sum()) / count
-    if filtered is None:
-        changes = [
-            basis.mT @ spectrum.coordinates(safety)[_top(spectrum, count)]
-            for spectrum, basis in zip(spectra, bases, strict=True)
-        ]
-    else:
-        changes = [spectrum.apply_filter(safety, _weights(spectrum, filtered)) for spectrum in spectra]
-    held_out_gain = [_share(halves[1 - h][0], changes[h], safety) for h in (0, 1)]
-    held_out_cost = [_share(halves[1 - h][1], changes[h], safety) for h in (0, 1)]
-    in_sample = [_share(halves[h][0], changes[h], safety) for h in (0, 1)]
-    held_out_kl = [scale**2 * halves[1 - h][1].quadratic(changes[h]) / 2 for h in (0, 1)]
-    in_sample_kl = [scale**2 * halves[h][1].quadratic(changes[h]) / 2 for h in (0, 1)]
+    changes = [
+        scale * spectrum.apply_filter(source, _weights(spectrum, kept, mu, exponent), rest) for spectrum in spectra
+    ]
+    held_out_gain = [_share(halves[1 - h][0], changes[h], scale * source) for h in (0, 1)]
+    held_out_cost = [_share(halves[1 - h][1], changes[h], scale * source) for h in (0, 1)]
+    in_sample = [_share(halves[h][0], changes[h], scale * source) for h in (0, 1)]
+    held_out_kl = [halves[1 - h][1].quadratic(changes[h]) / 2 for h in (0, 1)]
+    in_sample_kl = [halves[h][1].quadratic(changes[h]) / 2 for h in (0, 1)]
     return Stability(
         directions=count,
         subspace_overlap=overlap,
@@ -98,8 +102,10 @@ def split_half_stability(
     )
 
 
-def _weights(spectrum: Spectrum, filtered: Selection) -> Tensor:
-    return shrinkage(spectrum.eigenvalues, filtered.mu or 0.0, filtered.exponent)
+def _weights(spectrum: Spectrum, kept: int, mu: float, exponent: float) -> Tensor:
+    """Return the weight of every direction (m,): the filter's for the `kept` of largest λ, 0 for the others."""
+    eigenvalues = spectrum.eigenvalues
+    return most_efficient(eigenvalues, min(kept, len(eigenvalues))) * shrinkage(eigenvalues, mu, exponent)
 
 
 def _top(spectrum: Spectrum, count: int) -> Tensor:
@@ -127,6 +133,6 @@ def _orthonormal(spectrum: Spectrum, vectors: Tensor) -> Tensor:
     return basis
 
 
-def _share(fisher: Fisher, change: Tensor, safety: Tensor) -> float:
-    whole = fisher.quadratic(safety)
+def _share(fisher: Fisher, change: Tensor, source: Tensor) -> float:
+    whole = fisher.quadratic(source)
     return fisher.quadratic(change) / whole if whole > 0 else 0.0

@@ -358,18 +358,25 @@ def finish(
     adapter = roles.space.to_adapter(merged.core, name="merged", rank=rank)
     agreement = None
     if stability and _both_halves_have_tokens(spectrum):
-        safety = roles.safety if spectrum.space is roles.space else spectrum.space.embed(roles.safety, roles.space)
-        agreement = _stability(spectrum, safety, merged)
+        source = roles.safety - roles.utility if merged.report.rule == Rule.JOINT else roles.safety
+        source = source if spectrum.space is roles.space else spectrum.space.embed(source, roles.space)
+        agreement = _stability(spectrum, source, merged)
     return MergeResult(adapter, merged, spectrum.gain, spectrum.cost, spectrum, agreement)
 
 
-def _stability(spectrum: Spectrum, safety: Tensor, merged: Merge) -> Stability:
+def _stability(spectrum: Spectrum, source: Tensor, merged: Merge) -> Stability:
+    """Judge the halves by the same rule; those of `refit` by the projection that it starts from."""
     report = merged.report
-    # A filter of every direction; one of some directions only is judged by these, as a projection is.
-    whole = report.rule == Rule.WIENER and report.mu and bool(merged.kept[spectrum.eigenvalues > 0].all())
-    filtered = Selection(mu=report.mu, exponent=report.exponent) if whole else None
-    scale = report.scale if filtered else 1.0
-    return split_half_stability(spectrum, safety, directions=report.directions, filtered=filtered, scale=scale)
+    return split_half_stability(
+        spectrum,
+        source,
+        kept=int(merged.kept.count_nonzero()),
+        mu=report.mu or 0.0,
+        exponent=report.exponent,
+        # No shrinkage of any direction is the whole adapter, also what lies in none (`merge_cores`).
+        rest=1.0 if report.mu == 0.0 and bool(merged.kept.all()) else 0.0,
+        scale=report.scale,
+    )
 
 
 def _both_halves_have_tokens(spectrum: Spectrum) -> bool:
