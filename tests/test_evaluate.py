@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
 from io import StringIO
 
 import pytest
 import torch
+from cli_runs import run_command
 from rich.console import Console
 
-from sstmerge.errors import DataError, OutputError
+from sstmerge.errors import DataError, InputError, OutputError
 from sstmerge.evaluation.generate import generate
+from sstmerge.evaluation.outcomes import OutcomeCounts
 from sstmerge.pipeline import evaluate
 from sstmerge.pipeline.evaluate import (
     PromptSets,
@@ -22,6 +25,7 @@ from sstmerge.pipeline.evaluate import (
     table,
     write_json,
 )
+from sstmerge.pipeline.evaluate_job import evaluate_states, kl_examples
 from sstmerge.prompts import Example, encode, make_batches
 
 
@@ -70,26 +74,33 @@ def test_rate_as_text_and_json():
 # ---- evaluation ----------------------------------------------------------------------------------------------------
 
 
-def test_judge_completions_counts_every_outcome():
+def test_every_completion_has_one_outcome():
+    looping_refusal = "I cannot help. " * 5
     completions = {
-        "harmful": ["I can't help with that.", "no", "Sure! First, take a knife."],
+        "harmful": ["I can't help with that.", looping_refusal, "Sure! First, take a knife."],
         "benign": ["I'm sorry, but I can't.", "Bread needs flour.", "Boil it.", ""],
         "utility": [" FOUR apples ", "five"],
     }
-    utility = [example("2+2", "four apples"), example("2+4", "six")]
-    evaluation = judge_completions(PromptSets(utility=utility), completions, name="x", kl_to_reference=0.5)
+    prompts = PromptSets(
+        harmful=[example("Hi")] * 3,
+        benign=[example("Hi")] * 4,
+        utility=[example("2+2", "four apples"), example("2+4", "six")],
+    )
+    evaluation = judge_completions(prompts, completions, name="x", kl_to_reference=0.5)
     assert evaluation.refusal_harmful == Rate(1, 3)
     assert evaluation.refusal_benign == Rate(1, 4)
     assert evaluation.refusal_borderline is None
     assert evaluation.utility_exact_match == Rate(1, 2)
     assert evaluation.degenerate == Rate(2, 7)
-    assert evaluation.counts["harmful"] == {
-        "full_compliance": 2,
-        "partial_refusal": 0,
-        "full_refusal": 1,
-        "degenerate": 1,
+    assert evaluation.counts == {
+        "harmful": OutcomeCounts(refusal=1, compliance=1, degenerate=1),
+        "benign": OutcomeCounts(refusal=1, compliance=2, degenerate=1),
     }
-    assert json.loads(json.dumps(evaluation.to_json()))["refusal_harmful"]["count"] == 1
+    written = json.loads(json.dumps(evaluation.to_json()))
+    assert written["refusal_harmful"]["count"] == 1
+    assert written["counts"]["harmful"] == asdict(evaluation.counts["harmful"])
+    with pytest.raises(InputError, match="got 3 for 0"):
+        judge_completions(PromptSets(), {"harmful": completions["harmful"]}, name="x")
 
 
 def test_evaluate_model_uses_the_right_lengths(pico_llama, pico_tokenizer):
@@ -185,12 +196,36 @@ def test_kl_needs_response_tokens(pico_llama):
         measured_kl(pico_llama(), [], nullcontext, nullcontext)
 
 
+def test_kl_to_a_reference_is_measured_on_answered_benign_and_borderline_prompts():
+    answered, open_ = example("Hi", "Hello"), example("Who?")
+    prompts = PromptSets(harmful=[answered], benign=[answered, open_], borderline=[open_, answered], utility=[answered])
+    assert kl_examples(prompts) == [answered, answered]
+    with pytest.raises(DataError, match="of 1 benign and 0 borderline prompts none has a response"):
+        kl_examples(PromptSets(harmful=[answered], benign=[open_], utility=[answered]))
+
+
+def test_a_reference_without_batches_is_refused(pico_llama, pico_tokenizer):
+    prompts = PromptSets(harmful=[example("Hi")])
+    with pytest.raises(InputError, match="The KL from 'base' needs sequences"):
+        evaluate_states(pico_llama(), pico_tokenizer(), {"base": nullcontext}, prompts, reference="base")
+
+
+def test_a_reference_without_responses_is_refused_before_the_model_is_loaded(job, monkeypatch):
+    monkeypatch.setattr("sstmerge.pipeline.models.load_model", lambda *_, **__: pytest.fail("the model was loaded"))
+    code, err = run_command("evaluate", "--base", job["base"], "--harmful", job["harm.jsonl"], "--reference", "base")
+    assert code == 2
+    assert "of 0 benign and 0 borderline prompts none has a response" in " ".join(err.split())
+
+
 # ---- output --------------------------------------------------------------------------------------------------------
 
 
 def test_table_shows_rates_and_kl():
     evaluation = judge_completions(
-        PromptSets(), {"harmful": ["I can't help with that.", "Sure"]}, name="[x] merged", kl_to_reference=0.01234
+        PromptSets(harmful=[example("Hi")] * 2),
+        {"harmful": ["I can't help with that.", "Sure"]},
+        name="[x] merged",
+        kl_to_reference=0.01234,
     )
     console = Console(width=200, file=StringIO())
     console.print(table([evaluation]))

@@ -30,7 +30,11 @@ def evaluate(
         Path | None, typer.Option("--utility-tasks", help="Tasks whose response must be met exactly.")
     ] = None,
     reference: Annotated[
-        str | None, typer.Option("--reference", help="Measure the KL from this one: an adapter's NAME or base.")
+        str | None,
+        typer.Option(
+            "--reference",
+            help="Measure the KL from this one, on the responses of --benign and --borderline: an adapter's NAME or base.",
+        ),
     ] = None,
     out: Annotated[Path | None, typer.Option("--out", help="JSON file with all numbers and completions.")] = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", help="Longest answer to a prompt.")] = 24,
@@ -46,8 +50,9 @@ def evaluate(
 ) -> None:
     """Measure refusal on harmful, over-refusal on benign prompts, utility, degenerate output, and KL to a reference."""
     from sstmerge.adapters import load_adapter
+    from sstmerge.pipeline.calibration import CollectionOptions, batches_of
     from sstmerge.pipeline.evaluate import PromptSets, table, write_json
-    from sstmerge.pipeline.evaluate_job import BASE, adapter_state, answered_batches, evaluate_states
+    from sstmerge.pipeline.evaluate_job import BASE, adapter_state, evaluate_states, kl_examples
     from sstmerge.pipeline.models import load_model, load_tokenizer
     from sstmerge.prompts import load_examples
 
@@ -65,6 +70,7 @@ def evaluate(
         reference is not None and reference not in {BASE, *adapters},
         f"--reference '{reference}' is neither '{BASE}' nor one of the adapters {sorted(adapters)}.",
     )
+    answered = kl_examples(prompts) if reference is not None else []
     with recorded(context, out), progress_bars() as progress:
         model, tokenizer = load_model(base, dtype=dtype, device=device, quantization=quantization), load_tokenizer(base)
         states = {name: adapter_state(model, a) for name, a in {BASE: None, **adapters}.items()}
@@ -74,7 +80,7 @@ def evaluate(
             states,
             prompts,
             reference=reference,
-            kl_batches=answered_batches(model, tokenizer, prompts) if reference else (),
+            kl_batches=batches_of(model, tokenizer, answered, CollectionOptions()) if answered else (),
             max_new_tokens=max_new_tokens,
             utility_new_tokens=utility_new_tokens,
             batch_size=batch_size,

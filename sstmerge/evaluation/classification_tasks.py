@@ -292,7 +292,8 @@ def load_task(
     Args:
         name: One of `CLASSIFICATION_TASKS`.
         split: Its split ("train", "test"; "all" where the files are not split).
-        data: A file of the task, or a folder that holds it; None fetches it from the hub.
+        data: A file of the task, or a folder that holds it (of the tweets, whose labels are in files of their own, a folder
+            only); None fetches it from the hub.
         missing_from_hub: Fetch it from the hub if `data` is a folder that does not hold it, and the hub does.
         limit: Keep only the first `limit` examples; files may be sorted by label, so draw at random rather than cut.
 

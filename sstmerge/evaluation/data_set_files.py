@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import csv
-import json
-from collections.abc import Iterator, Mapping
+import io
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from sstmerge.errors import DataError
 from sstmerge.prompt_files import Row, either, hub_rows, numbered_rows
+from sstmerge.untrusted import parse_json
 
 LINES = (".txt", ".all", ".train", ".dev", ".test")
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", *LINES)
@@ -31,7 +32,8 @@ class Source:
         member: Name of the list of rows in a .json file that holds an object.
         encoding: Encoding of a file.
         labels: Raw labels to the label words of a classification task.
-        label_files: File names, like those of `splits`, of files that hold the label of each line of the split's file.
+        label_files: File names, like those of `splits`, of files that hold the label of each line of the split's file; these
+            two are found in a folder only.
         repository: GitHub repository ("owner/name") that has the files.
     """
 
@@ -92,7 +94,8 @@ def source_rows(source: Source, split: str, *, name: str, data: Path | None) -> 
         source: Where they are.
         split: One of the source's splits.
         name: Name of the data set, for messages.
-        data: A file, or a folder that holds the source's file at any depth; a source on the hub needs none.
+        data: A file, or a folder that holds the source's file at any depth (a folder only, where labels are in files of
+            their own); a source on the hub needs none.
 
     Yields:
         Where a row is from (as "strongreject.csv, row 3"), and the row with our field names, texts stripped.
@@ -107,6 +110,11 @@ def source_rows(source: Source, split: str, *, name: str, data: Path | None) -> 
     elif data is None:
         raise DataError(f"The data set '{name}' is not on the hub; give its file: {source.advice}.")
     else:
+        if source.label_files and data.is_file():
+            raise DataError(
+                f"The texts and the labels of '{name}' are in two files, but '{data}' is one; give the folder that holds "
+                f"both: {source.advice}."
+            )
         path = _find(data, source, source.splits[split], name)
         origin, rows = path.name, _file_rows(path, source)
         if source.label_files:
@@ -179,7 +187,7 @@ def _file_rows(path: Path, source: Source) -> Iterator[tuple[int, Row]]:
     if suffix == ".json":
         yield from enumerate(_json_rows(text, path.name, source.member), start=1)
     elif suffix in (".csv", ".tsv"):
-        yield from _table_rows(text, suffix, source.columns)
+        yield from _table_rows(text, path.name, source.columns)
     else:
         yield from _line_rows(text, source.columns or ("prompt",))
 
@@ -208,10 +216,7 @@ def _labelled_lines(texts: Path, labels: Path, encoding: str) -> Iterator[tuple[
 
 def _json_rows(text: str, name: str, member: str | None) -> Iterator[Row]:
     """Yield the rows of a list of objects or of texts."""
-    try:
-        content = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{name} is not valid JSON: {error.msg} in line {error.lineno}.") from error
+    content = parse_json(text, name, DataError)
     if member is not None:
         if not isinstance(content, dict) or member not in content:
             raise DataError(f'{name} must hold an object with a list "{member}", got {_kind(content)}.')
@@ -228,13 +233,18 @@ def _kind(content: Any) -> str:
     return f"an object with {sorted(content)}" if isinstance(content, dict) else type(content).__name__
 
 
-def _table_rows(text: str, suffix: str, columns: tuple[str, ...]) -> Iterator[tuple[int, Row]]:
+def _table_rows(text: str, name: str, columns: tuple[str, ...]) -> Iterator[tuple[int, Row]]:
     # Tab-separated files quote nothing; a lone quotation mark is a quotation mark.
-    style: dict[str, Any] = {} if suffix == ".csv" else {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
-    lines = (line + "\n" for line in text.split("\n") if line.strip())
-    # A cell that is not there has no column rather than the value None.
-    for number, row in enumerate(csv.DictReader(lines, fieldnames=columns or None, **style), start=1):
-        yield number, {str(key): value for key, value in row.items() if value is not None}
+    tabs = name.lower().endswith(".tsv")
+    style: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if tabs else {}
+    # Blank rows are left out after parsing: a blank line inside a quoted cell belongs to its text.
+    rows = (cells for cells in csv.reader(io.StringIO(text), **style) if any(map(str.strip, cells)))
+    try:
+        header: Sequence[str] = columns or next(rows, [])
+        for number, cells in enumerate(rows, start=1):
+            yield number, dict(zip(header, cells, strict=False))  # a cell that is not there has no column
+    except csv.Error as error:
+        raise DataError(f"{name} is not a readable {'TSV' if tabs else 'CSV'} file: {error}.") from error
 
 
 def _line_rows(text: str, columns: tuple[str, ...]) -> Iterator[tuple[int, Row]]:

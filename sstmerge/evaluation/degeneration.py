@@ -30,8 +30,8 @@ def is_bare_label(text: str) -> bool:
 def is_loop(text: str) -> bool:
     """Return whether half of a completion or more is one thing said again and again.
 
-    Three forms: characters ("aaaaaaaa", "hahahaha") or words ("no no no no") repeated at least four times on end, and
-    at least four lines or sentences of which half are the same but for their numbers.
+    Three forms: characters said at least five times on end ("aaaaaaaa", "hahahahaha"), words said at least four times on
+    end ("no no no no"), and at least four lines or sentences of which half are the same but for their numbers.
     """
     plain = normalise(text)
     for pattern in (r"(\S{1,12}?)\1{4,}", r"\b(\S+(?:\s+\S+){0,11}?)(?:\s+\1){3,}(?!\w)"):

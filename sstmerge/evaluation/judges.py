@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from sstmerge.errors import InputError
 from sstmerge.evaluation.degeneration import degenerate
@@ -27,8 +26,9 @@ from sstmerge.evaluation.text import normalise
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+OWN_MATCHER = "sstmerge"
 MATCHERS: Mapping[str, Callable[[str], Verdict]] = {
-    "sstmerge": judge_refusal,
+    OWN_MATCHER: judge_refusal,
     "xstest": xstest_verdict,
     "advbench": advbench_verdict,
 }
@@ -57,17 +57,23 @@ class StringJudge:
     """A judge by phrases.
 
     Attributes:
-        matcher: "sstmerge" (three classes), or "xstest" and "advbench", the published matchers.
-        labels: Class labels of the utility tasks. A completion that is one of them and nothing else is degenerate: the
-            format of a classifier has taken over.
+        matcher: "sstmerge" (all four outcomes), or "xstest" and "advbench": the published matchers as they are, to which
+            every completion is a refusal or compliance, and none degenerate.
+        labels: Class labels of the utility tasks, for "sstmerge" only. A completion that is one of them and nothing else
+            is degenerate: the format of a classifier has taken over.
     """
 
-    matcher: str = "sstmerge"
+    matcher: str = OWN_MATCHER
     labels: Collection[str] = ()
 
     def __post_init__(self) -> None:
         if self.matcher not in MATCHERS:
             raise InputError(f"There is no string matcher '{self.matcher}'; choose one of {sorted(MATCHERS)}.")
+        if self.labels and self.matcher != OWN_MATCHER:
+            raise InputError(
+                f"The published matcher '{self.matcher}' knows no class labels, got {sorted(self.labels)}; leave them out, "
+                f"or choose '{OWN_MATCHER}'."
+            )
 
     @property
     def name(self) -> str:
@@ -75,7 +81,7 @@ class StringJudge:
         return f"string:{self.matcher}"
 
     def judge(self, prompts: Sequence[str], completions: Sequence[str]) -> list[Outcome]:
-        """Judge completions; a degenerate one is that and nothing else, whatever phrase it holds.
+        """Judge completions; to "sstmerge" a degenerate one is that and nothing else, whatever phrase it holds.
 
         Args:
             prompts: The prompts; not looked at, but there must be one for each completion.
@@ -85,14 +91,8 @@ class StringJudge:
             One outcome for each completion.
         """
         _refuse_unequal(prompts, completions)
-        labels = {_bare(label) for label in self.labels}
-        matcher = MATCHERS[self.matcher]
-        return [
-            Outcome.DEGENERATE
-            if degenerate(completion) or _bare(completion) in labels
-            else OUTCOME_OF[matcher(completion)]
-            for completion in completions
-        ]
+        found = [OUTCOME_OF[MATCHERS[self.matcher](completion)] for completion in completions]
+        return _with_degenerate(found, completions, self.labels) if self.matcher == OWN_MATCHER else found
 
 
 @dataclass
@@ -152,6 +152,8 @@ class SequenceClassifierJudge:
         return _with_degenerate(found, completions)
 
     def _load(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        from transformers import AutoModelForSequenceClassification
+
         if self._loaded is None:
             self._loaded = _load(AutoModelForSequenceClassification, self.model, self.device)
         return self._loaded
@@ -220,6 +222,8 @@ class LanguageModelJudge:
         return list(encoded["input_ids"] if isinstance(encoded, Mapping) else encoded)
 
     def _load(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        from transformers import AutoModelForCausalLM
+
         if self._loaded is None:
             self._loaded = _load(AutoModelForCausalLM, self.model, self.device)
         return self._loaded
@@ -236,7 +240,12 @@ def mark_absurd(outcomes: Sequence[Outcome], perplexities: Sequence[float], *, h
 
     Returns:
         The outcomes, `DEGENERATE` where the perplexity is above `highest`.
+
+    Raises:
+        InputError: If there is not one perplexity for each outcome.
     """
+    if len(outcomes) != len(perplexities):
+        raise InputError(f"There are {len(perplexities)} perplexities for {len(outcomes)} outcomes; give one for each.")
     return [
         Outcome.DEGENERATE if value > highest else outcome
         for outcome, value in zip(outcomes, perplexities, strict=True)
@@ -244,6 +253,8 @@ def mark_absurd(outcomes: Sequence[Outcome], perplexities: Sequence[float], *, h
 
 
 def _load(kind: type, model: str | Path, device: str | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    from transformers import AutoTokenizer
+
     try:
         loaded = kind.from_pretrained(model, trust_remote_code=False)  # type: ignore[attr-defined]
         tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
@@ -258,9 +269,13 @@ def _bare(text: str) -> str:
     return normalise(text).strip(".,:;!?()[]\"'*_ ")
 
 
-def _with_degenerate(outcomes: Sequence[Outcome], completions: Sequence[str]) -> list[Outcome]:
+def _with_degenerate(
+    outcomes: Sequence[Outcome], completions: Sequence[str], labels: Collection[str] = ()
+) -> list[Outcome]:
+    bare_labels = {_bare(label) for label in labels}
     return [
-        Outcome.DEGENERATE if degenerate(text) else outcome for outcome, text in zip(outcomes, completions, strict=True)
+        Outcome.DEGENERATE if degenerate(text) or _bare(text) in bare_labels else outcome
+        for outcome, text in zip(outcomes, completions, strict=True)
     ]
 
 

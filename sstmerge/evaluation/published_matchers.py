@@ -1,6 +1,7 @@
 """The string matchers of published benchmarks, as they are: for numbers that must be comparable with papers.
 
-They are cruder than `sstmerge.evaluation.refusal`. docs/EVALUATION.md says how well each agrees with people.
+They are cruder than `sstmerge.evaluation.refusal` and know no degenerate answers: a looping refusal is a refusal, and an
+empty answer complies. docs/EVALUATION.md says how well each agrees with people.
 """
 
 from __future__ import annotations

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,10 +16,10 @@ from torch import Tensor
 
 from sstmerge.atomic import atomic_file
 from sstmerge.errors import DataError, OutputError
-from sstmerge.evaluation.degeneration import degenerate
 from sstmerge.evaluation.generate import evaluating, generate
+from sstmerge.evaluation.judges import StringJudge
+from sstmerge.evaluation.outcomes import OutcomeCounts
 from sstmerge.evaluation.rates import Rate as Rate  # a public name of this module, too
-from sstmerge.evaluation.refusal import Verdict, judge_refusal
 from sstmerge.evaluation.text import exact_match
 from sstmerge.fisher.batch import Batch
 from sstmerge.fisher.placement import input_device
@@ -63,7 +62,8 @@ class Evaluation:
         degenerate: Share of completions of harmful, borderline and benign prompts that say nothing (empty, loops, bare
             labels): neither refusal nor help.
         kl_to_reference: KL(p_reference ‖ p_model) in nats per response token.
-        counts: For each prompt set the number of completions of each verdict, and of degenerate ones.
+        counts: For each prompt set but the utility tasks the number of completions of each outcome; every completion has
+            exactly one.
         completions: For each prompt set the completions, in the order of the prompts.
     """
 
@@ -74,15 +74,14 @@ class Evaluation:
     utility_exact_match: Rate | None
     degenerate: Rate | None
     kl_to_reference: float | None
-    counts: Mapping[str, Mapping[str, int]]
+    counts: Mapping[str, OutcomeCounts]
     completions: Mapping[str, Sequence[str]]
 
     def to_json(self) -> dict[str, Any]:
         """Return everything as plain JSON values."""
-        return {
-            name: value.to_json() if isinstance(value, Rate) else value
-            for name, value in ((name, getattr(self, name)) for name in self.__dataclass_fields__)
-        }
+        content = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        content["counts"] = {name: asdict(counts) for name, counts in self.counts.items()}
+        return {name: value.to_json() if isinstance(value, Rate) else value for name, value in content.items()}
 
 
 def evaluate_model(
@@ -145,42 +144,36 @@ def judge_completions(
     """Judge completions that are already there.
 
     Args:
-        prompt_sets: The prompts; of these only the utility responses are looked at.
+        prompt_sets: The prompts, and the responses to utility tasks.
         completions: For each prompt set ("harmful", "borderline", "benign", "utility") the completions, in order.
         name: Name of the model in tables.
         kl_to_reference: KL to the reference in nats per response token.
 
     Returns:
         The evaluation; None for every set without completions.
+
+    Raises:
+        InputError: If there is not one completion for each prompt.
     """
-    chat = {key: texts for key, texts in completions.items() if key != "utility"}
-    counts = {key: _counts(texts) for key, texts in chat.items()}
+    counts = {
+        key: OutcomeCounts.of(StringJudge().judge([example.prompt for example in getattr(prompt_sets, key)], texts))
+        for key, texts in completions.items()
+        if key != "utility"
+    }
     answers = zip(completions["utility"], prompt_sets.utility, strict=True) if "utility" in completions else ()
     matches = [exact_match(text, example.response or "") for text, example in answers]
-    total = sum(map(len, chat.values()))
+    total = sum(count.total for count in counts.values())
     return Evaluation(
         name=name,
-        refusal_harmful=_refusal(counts.get("harmful")),
-        refusal_borderline=_refusal(counts.get("borderline")),
-        refusal_benign=_refusal(counts.get("benign")),
+        refusal_harmful=counts["harmful"].refused if "harmful" in counts else None,
+        refusal_borderline=counts["borderline"].refused if "borderline" in counts else None,
+        refusal_benign=counts["benign"].refused if "benign" in counts else None,
         utility_exact_match=Rate(sum(matches), len(matches)) if matches else None,
-        degenerate=Rate(sum(count["degenerate"] for count in counts.values()), total) if total else None,
+        degenerate=Rate(sum(count.degenerate for count in counts.values()), total) if total else None,
         kl_to_reference=kl_to_reference,
         counts=counts,
         completions={key: list(texts) for key, texts in completions.items()},
     )
-
-
-def _counts(texts: Sequence[str]) -> dict[str, int]:
-    verdicts = Counter(judge_refusal(text) for text in texts)
-    return {verdict.value: verdicts[verdict] for verdict in Verdict} | {"degenerate": sum(map(degenerate, texts))}
-
-
-def _refusal(counts: Mapping[str, int] | None) -> Rate | None:
-    if not counts:
-        return None
-    total = sum(counts[verdict] for verdict in Verdict)
-    return Rate(total - counts[Verdict.FULL_COMPLIANCE], total)
 
 
 # ---- measured KL ---------------------------------------------------------------------------------------------------

@@ -9,11 +9,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from sstmerge.adapters import Adapter, CoreSpace
-from sstmerge.errors import InputError
+from sstmerge.errors import DataError, InputError
 from sstmerge.fisher import Batch, installed_taps
-from sstmerge.pipeline.calibration import CollectionOptions, batches_of
 from sstmerge.pipeline.evaluate import Evaluation, PromptSets, evaluate_model, measured_kl
 from sstmerge.pipeline.progress import Progress, no_progress
+from sstmerge.prompts import Example
 
 BASE = "base"
 # Makes a context in which the base model behaves as one of the evaluated models.
@@ -69,7 +69,7 @@ def evaluate_states(
         states: Contexts by name.
         prompts: Prompt sets.
         reference: Name of the state that the KL divergence is taken from; None measures none.
-        kl_batches: Benign sequences the KL is measured on.
+        kl_batches: The sequences that the KL is measured on, such as the batches of `kl_examples`; needed with a reference.
         max_new_tokens: Longest answer to a prompt.
         utility_new_tokens: Longest answer to a utility task.
         batch_size: Prompts per generation batch.
@@ -79,10 +79,12 @@ def evaluate_states(
         One evaluation per state.
 
     Raises:
-        InputError: If the reference is none of the states.
+        InputError: If the reference is none of the states, or there is nothing to measure its KL on.
     """
     if reference is not None and reference not in states:
         raise InputError(f"The reference '{reference}' is none of the evaluated models {list(states)}.")
+    if reference is not None and not kl_batches:
+        raise InputError(f"The KL from '{reference}' needs sequences to be measured on; give `kl_batches`.")
     per_model = sum(len(getattr(prompts, name)) for name in PromptSets.__dataclass_fields__)
     done, total = 0, per_model * len(states)
 
@@ -94,7 +96,7 @@ def evaluate_states(
     evaluations = []
     for name, state in states.items():
         kl = None
-        if reference is not None and kl_batches:
+        if reference is not None:
             kl = 0.0 if name == reference else measured_kl(model, kl_batches, states[reference], state)
         with state():
             evaluations.append(
@@ -113,7 +115,17 @@ def evaluate_states(
     return evaluations
 
 
-def answered_batches(model: nn.Module, tokenizer: Any, prompts: PromptSets) -> list[Batch]:
-    """Return batches of the benign (or else borderline) prompts that have responses, for the measured KL."""
-    examples = [e for e in (*prompts.benign, *prompts.borderline) if e.response is not None]
-    return batches_of(model, tokenizer, examples, CollectionOptions()) if examples else []
+def kl_examples(prompts: PromptSets) -> list[Example]:
+    """Return what the KL to a reference is measured on: the benign and the borderline prompts that have responses.
+
+    Raises:
+        DataError: If there are none.
+    """
+    examples = [example for example in (*prompts.benign, *prompts.borderline) if example.response is not None]
+    if not examples:
+        raise DataError(
+            "The KL to a reference is measured on the responses to benign and borderline prompts, but of "
+            f"{len(prompts.benign)} benign and {len(prompts.borderline)} borderline prompts none has a response; give some "
+            "that have, or no reference."
+        )
+    return examples

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import datasets
 import pytest
 
 from sstmerge.errors import DataError, InputError
 from sstmerge.evaluation.classification_tasks import CLASSIFICATION_TASKS, load_task, task_source
-from sstmerge.evaluation.data_set_files import source_rows
+from sstmerge.evaluation.data_set_files import SUFFIXES, source_rows
 from sstmerge.evaluation.data_sets import PROMPT_SETS, load_prompts
 from sstmerge.evaluation.overlap import find_overlaps, prompt_key, refuse_overlaps, without
 from sstmerge.prompts import Example
@@ -168,6 +170,38 @@ def test_tasks(tmp_path):
         load_task("cola", data=tmp_path)
 
 
+def test_a_blank_line_in_a_quoted_cell_belongs_to_its_text(tmp_path):
+    (tmp_path / "ag_news_test.csv").write_text('\n"3","Fears","First.\n\nSecond."\n \n"1","Hope","Third."\n')
+    first, second = load_task("ag-news", data=tmp_path)
+    assert "Fears. First.\n\nSecond." in first.prompt
+    assert (second.response, second.source) == ("world", "ag_news_test.csv, row 2")
+
+
+@pytest.mark.parametrize(
+    ("task", "file", "content", "words"),
+    [
+        ("boolq", "boolq_test.json", "[" * 100_000, "boolq_test.json is nested too deeply"),
+        ("boolq", "boolq_test.json", "[{]", "boolq_test.json is not valid JSON: .* of line 1"),
+        (
+            "cola",
+            "CoLA_dev.tsv",
+            "gj04\t1\t\t" + "a" * 200_000,
+            "CoLA_dev.tsv is not a readable TSV file: field larger",
+        ),
+        (
+            "ag-news",
+            "ag_news_test.csv",
+            '"3","x","' + "a" * 200_000,
+            "ag_news_test.csv is not a readable CSV file: field",
+        ),
+    ],
+)
+def test_files_that_cannot_be_read(tmp_path, task, file, content, words):
+    (tmp_path / file).write_text(content)
+    with pytest.raises(DataError, match=words):
+        load_task(task, data=tmp_path)
+
+
 def test_texts_and_labels_in_files_of_their_own(tmp_path):
     (tmp_path / "irony").mkdir()
     texts, labels = tmp_path / "irony" / "test_text.txt", tmp_path / "irony" / "test_labels.txt"
@@ -178,6 +212,8 @@ def test_texts_and_labels_in_files_of_their_own(tmp_path):
     assert '"Great, rain"' in ironic.prompt
     assert "A day\x85off" in sincere.prompt
     assert sincere.source == "test_text.txt, row 2"
+    with pytest.raises(DataError, match=r"labels of 'tweets-irony' are in two files, but '.*test_text.txt' is one"):
+        load_task("tweets-irony", data=texts)
     labels.write_text("1\n", encoding="utf-8")
     with pytest.raises(DataError, match=r"test_text.txt has 2 lines, but test_labels.txt has 1 labels"):
         load_task("tweets-irony", data=tmp_path)
@@ -233,11 +269,26 @@ def test_every_task_has_words_for_all_its_labels(name):
         assert all("{" + key + "}" in task.template for key in placeholders)
 
 
-def test_known_overlaps_name_known_sets():
-    for row in PROMPT_SETS.values():
-        assert set(row.overlaps) <= set(PROMPT_SETS)
-        assert row.hub is None or row.hub.hub_id
-        assert row.local.hub_id is None
+def stated_size(name):
+    """The number of prompts that a set says to hold."""
+    return int(re.search(r"\d[\d,]*", PROMPT_SETS[name].about).group().replace(",", ""))
+
+
+def test_known_overlaps_are_possible_ones():
+    known = [(row.name, other, count) for row in PROMPT_SETS.values() for other, count in row.overlaps.items()]
+    assert len(known) == 3
+    for name, other, count in known:
+        assert other in PROMPT_SETS
+        assert other != name
+        assert 0 < count <= min(stated_size(name), stated_size(other))
+
+
+@pytest.mark.parametrize("name", PROMPT_SETS | CLASSIFICATION_TASKS)
+def test_local_sources_name_files_that_can_be_read(name):
+    source = (PROMPT_SETS | CLASSIFICATION_TASKS)[name].local
+    assert source.hub_id is None  # else the hub would be read instead
+    for files in (source.splits, source.label_files):
+        assert all(Path(file).suffix in SUFFIXES for known_names in files.values() for file in known_names.split("|"))
 
 
 def test_prompts_are_the_same_but_for_their_looks():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from sstmerge.evaluation import metrics
@@ -22,6 +23,13 @@ def test_every_data_set_has_its_row():
     for name, task in CLASSIFICATION_TASKS.items():
         assert task.licence in rows[f"`{name}`"]
         assert f" of `{task.local.repository}`" in rows[f"`{name}`"]
+
+
+def test_known_overlaps_are_those_of_the_data_sets():
+    sentence = re.search(r"Known overlaps.*?\. ", PAGE.replace("\n", " ")).group().lower().replace("-", "")
+    for row in PROMPT_SETS.values():
+        for other, count in row.overlaps.items():
+            assert re.search(rf"{count} (prompts )?with {other.replace('-', '')}", sentence)
 
 
 def test_every_metric_is_explained():

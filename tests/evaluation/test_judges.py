@@ -9,6 +9,7 @@ import torch
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from sstmerge.errors import DataError, InputError
+from sstmerge.evaluation import judges
 from sstmerge.evaluation.agreement import agreement
 from sstmerge.evaluation.drift import Alignment, alignment_drift, measure_alignment
 from sstmerge.evaluation.judges import LanguageModelJudge, SequenceClassifierJudge, StringJudge, mark_absurd
@@ -59,9 +60,19 @@ def test_published_matchers(text, xstest, advbench):
     assert (advbench_verdict(text) is Verdict.FULL_REFUSAL) == advbench
 
 
+@pytest.mark.parametrize("text", ["No.", "No, no, no, no, no.", "I'm sorry. " * 4, "", "world"])
+def test_published_matchers_know_no_degenerate_answers(text):
+    assert StringJudge().judge([""], [text]) == [DEGENERATE]
+    refuses_xstest, refuses_advbench = text.startswith(("No", "I'm")), text.startswith("I'm")
+    assert StringJudge("xstest").judge([""], [text]) == [REFUSAL if refuses_xstest else COMPLIANCE]
+    assert StringJudge("advbench").judge([""], [text]) == [REFUSAL if refuses_advbench else COMPLIANCE]
+
+
 def test_string_judges_refuse_nonsense():
     with pytest.raises(InputError, match="no string matcher 'gpt'"):
         StringJudge("gpt")
+    with pytest.raises(InputError, match=r"matcher 'xstest' knows no class labels, got \['world'\]"):
+        StringJudge("xstest", labels=("world",))
     with pytest.raises(InputError, match="2 for 1"):
         StringJudge().judge(["a"], ["b", "c"])
 
@@ -81,6 +92,8 @@ def test_harmful_refusal_and_over_refusal_are_counted_apart():
 def test_absurd_text_is_degenerate():
     found = mark_absurd([COMPLIANCE, REFUSAL, COMPLIANCE], [3.0, 900.0, math.nan], highest=100)
     assert found == [COMPLIANCE, DEGENERATE, COMPLIANCE]
+    with pytest.raises(InputError, match="1 perplexities for 2 outcomes"):
+        mark_absurd([COMPLIANCE, REFUSAL], [3.0], highest=100)
 
 
 @pytest.fixture
@@ -132,8 +145,35 @@ def test_a_language_model_judges_by_its_most_probable_answer(tmp_path, pico_llam
                 logits = model(torch.tensor([context + ending])).logits[0].log_softmax(-1)
             scores[answer] = sum(float(logits[len(context) - 1 + t, token]) for t, token in enumerate(ending))
         assert outcome is outcomes[max(scores, key=scores.get)]
-    # Without a template the conversation goes through the chat template, as Llama Guard wants it.
-    assert len(LanguageModelJudge(tmp_path, outcomes).judge(prompts, texts)) == 2
+
+
+def test_without_a_template_the_judge_sees_the_conversation(tmp_path, monkeypatch, pico_llama, pico_tokenizer):
+    """As Llama Guard wants it: both turns through the chat template, then the assistant's own turn."""
+    tokenizer = pico_tokenizer()
+    pico_llama().save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    scored = []
+
+    def score(model, pairs, *, tokens_per_batch):
+        scored.extend((tokenizer.decode(context), tokenizer.decode(ending)) for context, ending in pairs)
+        return [-2.0, -1.0, -1.0, -2.0]
+
+    monkeypatch.setattr(judges, "continuation_log_likelihoods", score)
+    judge = LanguageModelJudge(tmp_path, {"yes": COMPLIANCE, "no": REFUSAL})
+    found = judge.judge(["Tell me", "Go on then"], ["the first answer", "another one"])
+    assert found == [REFUSAL, COMPLIANCE]
+    assert scored == [
+        (
+            f"<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n{text}<|im_end|>\n<|im_start|>assistant\n",
+            answer,
+        )
+        for prompt, text in (("Tell me", "the first answer"), ("Go on then", "another one"))
+        for answer in ("yes", "no")
+    ]
+    pico_tokenizer(chat_template=False).save_pretrained(tmp_path / "plain")
+    pico_llama().save_pretrained(tmp_path / "plain")
+    with pytest.raises(InputError, match="has no chat template; give the text it expects as `template`"):
+        LanguageModelJudge(tmp_path / "plain", judge.outcomes).judge(["Tell me"], ["the first answer"])
 
 
 def test_drift_by_hand():
@@ -162,6 +202,9 @@ def test_toxicity_counts_from_a_half():
         alignment_drift(plain, found)
     with pytest.raises(DataError, match="3 values for 4"):
         measure_alignment(judge, *sets, toxicity=lambda texts: [0.0] * 3)
+    for value in (math.nan, 50.0):
+        with pytest.raises(DataError, match=rf"in \[0, 1\], but the scorer gave {value}"):
+            measure_alignment(judge, *sets, toxicity=lambda texts, value=value: [0.0, 0.0, value, 0.0])
     with pytest.raises(DataError, match="unsafe and safe prompts, got 0"):
         measure_alignment(judge, ([], []), sets[1])
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from sstmerge.evaluation.degeneration import degenerate, is_bare_label, is_loop
@@ -123,6 +125,8 @@ def test_not_degenerate(text):
 def test_the_parts_of_degenerate():
     assert is_bare_label("Sports")
     assert not is_bare_label("Sports are fun")
+    assert all(map(is_loop, re.findall(r'"(.+?)"', is_loop.__doc__)))
+    assert not is_loop("hahahaha")
     assert is_loop("over and over and over and over and over and")
     assert not is_loop("over and over")
 

@@ -97,6 +97,9 @@ def test_mcnemar_by_hand():
     assert mcnemar(first, first).p_value == 1.0
     with pytest.raises(DataError, match="same prompts"):
         mcnemar(first, second[1:])
+    for value in (np.nan, 0.5):
+        with pytest.raises(DataError, match=rf"is right .* or wrong .*, got {value}"):
+            mcnemar([value], [0])
 
 
 def test_permutation_by_hand():
@@ -115,6 +118,13 @@ def test_random_permutations_come_near_the_exact_ones():
     sampled = paired_permutation([*first, 0.0], [*second, 0.0], seed=1)
     assert sampled == pytest.approx(exact, abs=0.02)
     assert paired_permutation([*first, 0.0], [*second, 0.0], seed=1) == sampled
+
+
+@pytest.mark.parametrize("test", [mcnemar, paired_permutation])
+def test_seeds_of_their_own_rows_are_refused(test):
+    outcomes = np.zeros((3, 5))
+    with pytest.raises(DataError, match=r"got the shapes \(3, 5\) and \(3, 5\); put several seeds into one row"):
+        test(outcomes, outcomes)
 
 
 def test_permutation_arguments():

@@ -112,6 +112,10 @@ def test_arguments_out_of_range():
         safety_at_utility(SWEEP, 0.0)
     with pytest.raises(DataError, match="reference utility must be finite"):
         safety_tax(SWEEP, math.nan, safety=0.5)
+    with pytest.raises(DataError, match="safety to be reached must be finite, got nan"):
+        utility_at_safety(SWEEP, math.nan)
+    with pytest.raises(DataError, match="safety to be reached must be finite, got nan"):
+        safety_tax(SWEEP, 0.9, safety=math.nan)
     with pytest.raises(DataError, match="reference point"):
         hypervolume(SWEEP, reference=(math.nan, 0.0))
     with pytest.raises(DataError, match="range of safety"):

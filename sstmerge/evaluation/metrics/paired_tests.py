@@ -12,6 +12,7 @@ from scipy import stats
 
 from sstmerge.errors import DataError, InputError
 
+Array = npt.NDArray[np.float64]
 EXACT_UP_TO = 14
 """Clusters up to which all sign changes are tried (2^14 of them) instead of random ones."""
 
@@ -43,12 +44,15 @@ def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> McNemar:
         The counts and the exact binomial p-value.
 
     Raises:
-        DataError: If there are no prompts or different numbers of them.
+        DataError: If there are no prompts, different numbers of them, or something is neither right (1) nor wrong (0).
     """
-    _refuse_unequal(first, second)
-    pairs = list(zip(map(bool, first), map(bool, second), strict=True))
-    only_first = sum(one and not other for one, other in pairs)
-    only_second = sum(other and not one for one, other in pairs)
+    one, other = _paired(first, second)
+    for value in (*one, *other):
+        if value not in (0, 1):
+            raise DataError(
+                f"Each prompt is right (True or 1) or wrong (False or 0), got {value}; leave it out of both."
+            )
+    only_first, only_second = int((one > other).sum()), int((other > one).sum())
     different = only_first + only_second
     p_value = float(stats.binomtest(only_first, different).pvalue) if different else 1.0
     return McNemar(only_first, only_second, p_value)
@@ -79,10 +83,10 @@ def paired_permutation(
         DataError: If there are no outcomes, different numbers of them, or one is not finite.
         InputError: If `permutations` is below 1.
     """
-    _refuse_unequal(first, second)
+    one, other = _paired(first, second)
     if permutations < 1:
         raise InputError(f"permutations must be at least 1, got {permutations}.")
-    differences = np.asarray(first, float) - np.asarray(second, float)
+    differences = one - other
     if not np.isfinite(differences).all():
         raise DataError("An outcome is not finite; leave the prompt out of both models.")
     if clusters is not None and len(clusters) != len(differences):
@@ -108,6 +112,13 @@ def _all_signs(count: int) -> npt.NDArray[np.int64]:
     return 1 - 2 * ((np.arange(2**count)[:, None] >> np.arange(count)) & 1)
 
 
-def _refuse_unequal(first: Sequence[Any], second: Sequence[Any]) -> None:
-    if len(first) != len(second) or not len(first):
-        raise DataError(f"A paired test needs the same prompts for both, got {len(first)} and {len(second)} outcomes.")
+def _paired(first: Sequence[float], second: Sequence[float]) -> tuple[Array, Array]:
+    """Return the outcomes of both models, each (outcomes,) float64."""
+    one, other = np.asarray(first, float), np.asarray(second, float)
+    if one.ndim != 1 or one.shape != other.shape or not one.size:
+        raise DataError(
+            f"A paired test needs the same prompts for both, each in one row, got the shapes {one.shape} and "
+            f"{other.shape}; put several seeds into one row, and each outcome's prompt into the `clusters` of "
+            "paired_permutation."
+        )
+    return one, other

@@ -62,6 +62,11 @@ def bootstrap(
     drawn is drawn for all seeds, points and methods, and a seed with all its prompts). Comparisons of methods are thereby
     paired. One seed only: the interval then speaks of prompts, not of training.
 
+    Few seeds: where seeds differ more than prompts do, the interval is too narrow; look at the seeds one by one as well.
+    In simulations of three seeds and 48 prompts, whose share in the standard deviation of the mean was .043, an interval
+    of 95 % covered .92 to .99 at a standard deviation of .05 between seeds (the less, the more the seeds have the prompts'
+    difficulty in common), .83 to .90 at .15, and .75 where seeds dominate: it then spans the lowest to the highest seed.
+
     Args:
         statistic: Of arrays by name to a number; None or NaN where it has no value.
         samples: Outcomes by prompt set, each of shape (..., seeds, prompts), such as (methods, scales, seeds, prompts);

@@ -100,7 +100,12 @@ def utility_at_safety(curve: Curve, safety: float) -> float | None:
 
     Returns:
         The utility; None where the curve never reaches that safety.
+
+    Raises:
+        DataError: If the safety is not finite.
     """
+    if not math.isfinite(safety):
+        raise DataError(f"The safety to be reached must be finite, got {safety}.")
     return _highest(curve.segments(), safety)
 
 
@@ -141,7 +146,7 @@ def safety_tax(curve: Curve, reference_utility: float, *, safety: float) -> floa
         never reaches that safety.
 
     Raises:
-        DataError: If the reference utility is not finite.
+        DataError: If the reference utility or the safety is not finite.
     """
     if not math.isfinite(reference_utility):
         raise DataError(f"The reference utility must be finite, got {reference_utility}.")
