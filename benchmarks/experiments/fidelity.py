@@ -6,10 +6,10 @@ For every structure, reference and number of calibration prompts the same adapte
 scale 1) and compared on held-out prompts:
 
     predicted KL    ½ Δᵀ F_cost Δ, of the change Δ from the utility model, on the calibration prompts
-    split-half KL   what the merge's report tells users to believe instead: the same of the merge by either half of the
-                    calibration prompts, on the other half
-    held-out KL     the same with an exact (`global`) Fisher of other prompts: what of the error is the sample
-    measured KL     KL(p_utility ‖ p_merged) of other prompts' responses: what of the error is the quadratic model
+    split-half KL   what the merge's report has beside it: the same of a merge by half of these prompts, on the other half
+    exact KL        the predicted one with the exact (`global`) Fisher of these prompts: what of the error is the structure
+    held-out KL     the same with that of other prompts: what of it is the sample
+    measured KL     KL(p_utility ‖ p_merged) of other prompts' responses: what of it is the quadratic model
     efficiency      Δᵀ F_gain Δ / Δᵀ F_cost Δ on calibration and on held-out prompts; their ratio is the optimism
     agreement       cosine of Δ and that of `global` with the most prompts, in the held-out F_cost's metric
 
@@ -104,7 +104,7 @@ QUICK = Config(
     resamples=300,
 )
 PREDICTIONS = ("predicted KL", "split-half KL")
-COLUMNS = (*PREDICTIONS, "held-out KL", "measured KL", "efficiency", "held-out efficiency", "agreement")
+COLUMNS = (*PREDICTIONS, "exact KL", "held-out KL", "measured KL", "efficiency", "held-out efficiency", "agreement")
 
 
 @dataclass(frozen=True)
@@ -162,6 +162,7 @@ class Fidelity:
             share = case.samples / len(gain[0])
             chosen = gain[0][: case.samples], cost[0][: max(2, round(share * len(cost[0])))]
             fishers = bench.pair(*chosen, options, space, folders)
+            exact_fishers = bench.pair(*chosen, replace(options, structure=EXACT), space, folders)
             spectrum = solve(*fishers)
             merged = merge_cores(spectrum, roles.utility, roles.safety)
             stability = finish(roles, merged, spectrum).stability
@@ -177,6 +178,7 @@ class Fidelity:
                     "directions": merged.report.directions,
                     "predicted KL": merged.report.predicted_kl,
                     "split-half KL": stability.held_out_kl,
+                    "exact KL": 0.5 * exact_fishers[1].quadratic(change),
                     "held-out KL": 0.5 * held_out[1].quadratic(change),
                     "efficiency": _efficiency(fishers, change),
                     "held-out efficiency": _efficiency(held_out, change),
@@ -236,15 +238,15 @@ class Fidelity:
             f"Means over {seeds} {'seed' if seeds == 1 else 'seeds'}; KL in nats per response token; 95 % intervals over "
             f"{'prompts' if seeds == 1 else 'seeds and prompts'}. Optimism is efficiency over held-out efficiency.",
             "",
-            "![Predicted and held-out against measured KL](fidelity.png)",
+            "![Predictions of the KL against the measured one](fidelity.png)",
             "",
-            "| reference | structure | prompts | directions | predicted | split halves | held-out | measured | "
+            "| reference | structure | prompts | directions | predicted | split halves | exact | held-out | measured | "
             "measured / predicted | measured / split halves | optimism | agreement |",
-            "|" + "---|" * 12,
+            "|" + "---|" * 13,
         ]
         for row in rows:
             cells = [row["reference"], row["structure"], row["samples"], f"{row['directions']:.0f}"]
-            cells += [f"{row[name]:.4f}" for name in COLUMNS[:4]]
+            cells += [f"{row[name]:.3g}" for name in COLUMNS[:5]]
             cells += [str(Interval(**row[f"measured / {name}"])) for name in PREDICTIONS]
             cells += [f"{row['efficiency'] / row['held-out efficiency']:.2f}" if row["held-out efficiency"] else "–"]
             lines.append("| " + " | ".join(map(str, [*cells, f"{row['agreement']:.2f}"])) + " |")
@@ -273,12 +275,12 @@ def _cosine(fisher: Fisher, first: Tensor, second: Tensor) -> float:
 
 def _draw(rows: list[dict[str, Any]]) -> Figure:
     """Draw the predictions of the KL against the measured one, a panel each, with the line where they agree."""
-    figure = Figure(figsize=(15, 5), layout="constrained")
-    positive = [row[name] for row in rows for name in COLUMNS[:4] if row[name] > 0]
+    figure = Figure(figsize=(16, 4.5), layout="constrained")
+    positive = [row[name] for row in rows for name in COLUMNS[:5] if row[name] > 0]
     limits = (min(positive) / 2, max(positive) * 2)
     structures = sorted({row["structure"] for row in rows})
     samples = sorted({row["samples"] for row in rows})
-    for axis, name in zip(figure.subplots(1, 3), COLUMNS[:3], strict=True):
+    for axis, name in zip(figure.subplots(1, 4, sharey=True), COLUMNS[:4], strict=True):
         for row in rows:
             size = 30 * (1 + samples.index(row["samples"]))
             color = f"C{structures.index(row['structure'])}"
@@ -287,8 +289,9 @@ def _draw(rows: list[dict[str, Any]]) -> Figure:
             axis.scatter([], [], color=f"C{index}", label=structure)
         axis.plot(limits, limits, ":", color="grey")
         axis.set(xscale="log", yscale="log", xlim=limits, ylim=limits)
-        axis.set(xlabel="measured KL, nats per token", ylabel=f"{name}, nats per token")
+        axis.set(xlabel="measured KL, nats per token", title=name)
         axis.grid(alpha=0.3)
+    figure.axes[0].set(ylabel="nats per token")
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right center", title="larger: more prompts")
     return figure
 
