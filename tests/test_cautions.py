@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from builders import gain_and_cost, utility_and_safety
+from builders import SAFETY, gain_and_cost, utility_and_safety
 
 from sstmerge.adapters import CoreSpace
 from sstmerge.gevp import solve
+from sstmerge.merging import Selection, merge_cores
 from sstmerge.merging.cautions import cautions
 
 ENOUGH = (100.0, 100.0)
@@ -48,6 +49,20 @@ def test_nothing_stands_out(pair):
 )
 def test_one_thing_stands_out(pair, words, case):
     (sentence,) = said(pair, **case)
+    assert words in sentence
+
+
+@pytest.mark.parametrize(
+    ("structure", "words"), [("diagonal", "that layers act together"), ("global", "that of the split halves")]
+)
+def test_a_budget_is_spent_in_nats_that_leave_something_out(pico_gpt2, structure, words):
+    model = pico_gpt2()
+    space = CoreSpace.of(utility_and_safety(model))
+    spectrum = solve(*gain_and_cost(model, space, structure))
+    safety = space.core(SAFETY)
+    plain = merge_cores(spectrum, space.zero(), safety).report
+    bound = merge_cores(spectrum, space.zero(), safety, selection=Selection(budget=plain.predicted_kl / 2)).report
+    (sentence,) = set(bound.warnings) - set(plain.warnings)
     assert words in sentence
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from sstmerge.fisher import Structure
 from sstmerge.gevp import Spectrum
 
 # Below this number of effective sequences the largest λ are mostly noise of the selection.
@@ -56,6 +57,26 @@ def cautions(
     sentences += _about_data(spectrum)
     sentences += _about_spectrum(spectrum.eigenvalues)
     return sentences
+
+
+def about_budget(structure: Structure) -> str:
+    """Say what the predicted KL, which a budget is spent in, leaves out (docs/RESULTS.md, experiment C).
+
+    Args:
+        structure: Structure of the Fishers.
+
+    Returns:
+        A sentence.
+    """
+    if structure is Structure.GLOBAL:
+        return (
+            "The budget is spent on the prompts that the directions were chosen on; on others it is many times as large: "
+            "see that of the split halves, or measure it (sstmerge evaluate --reference)."
+        )
+    return (
+        f"The budget is spent in the nats of '{structure}', which leave out that layers act together; the KL is likely "
+        "several times as large: measure it (sstmerge evaluate --reference)."
+    )
 
 
 def _about_data(spectrum: Spectrum) -> list[str]:

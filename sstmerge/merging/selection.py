@@ -26,8 +26,8 @@ class Selection:
         exponent: Power β > 0 of the weights of `wiener`, (λ / (λ + μ))^β, the parametric Wiener filter (Lim and Oppenheim
             1979, https://doi.org/10.1109/PROC.1979.11540). Above 1 it leaves less of directions of small λ: on prompts that
             no Fisher has seen, the gain per cost rises, and the scale has to rise with it.
-        budget: Predicted KL divergence on benign data, in nats per response token, that the merge
-            spends.
+        budget: Predicted KL divergence on benign data, in nats per response token, that the merge spends; that of
+            `MergeReport.predicted_kl`, with all that it leaves out.
     """
 
     top: int | None = None

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from typing import Any
 
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from sstmerge.errors import InputError
 from sstmerge.gevp import Spectrum
-from sstmerge.merging.cautions import cautions
+from sstmerge.merging.cautions import about_budget, cautions
 from sstmerge.merging.selection import Selection, efficiency_order, largest, select, shrinkage
 
 # The directions kept where the user chooses none: those that hold this share of the safety adapter's gain energy.
@@ -55,7 +55,9 @@ class MergeReport:
         directions: Directions with a weight above one half.
         directions_in_all: Dimension of the space.
         gain_kept: Share of the safety adapter's gain energy φᵀF_gain φ that the change keeps at scale 1.
-        predicted_kl: ½ Δᵀ F_cost Δ of the change Δ from the utility model, nats per benign response token.
+        predicted_kl: ½ Δᵀ F_cost Δ of the change Δ from the utility model, nats per benign response token. Structures other
+            than `global` leave out that layers act together, `global` that other prompts differ: experiment C measured 5
+            times as much for `kfac`, 16 for `diagonal` and thousands for `global` (docs/RESULTS.md).
         predicted_kl_task_arithmetic: The same for the whole safety adapter at the same scale.
         predicted_gain: g · Δ, first-order change of the refusals' log-probability, nats per response token.
         norm: Frobenius norm of Δ.
@@ -174,6 +176,8 @@ def merge_cores(
     change.mul_(scale)
     in_eigenbasis = coordinates, (weights * coordinates).mul_(scale)
     summary = report(spectrum, source, change, in_eigenbasis, weights, rule, scale, mu, selection.exponent)
+    if selection.budget is not None:
+        summary = replace(summary, warnings=(*summary.warnings, about_budget(spectrum.gain.structure)))
     return Merge(utility + change, summary, weights != 0)
 
 
