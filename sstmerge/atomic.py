@@ -29,8 +29,7 @@ def atomic_file(path: str | Path, *, overwrite: bool = True) -> Iterator[Path]:
         OutputError: If the file exists and `overwrite` is False, or it cannot be written.
     """
     target = Path(path)
-    if target.is_dir() or (target.exists() and not overwrite):
-        raise OutputError(f"'{target}' exists already; choose another name or allow overwriting (--overwrite).")
+    refuse_existing_file(target, overwrite=overwrite)
     temporary: Path | None = None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -81,6 +80,25 @@ def atomic_directory(path: str | Path, *, overwrite: bool = False) -> Iterator[P
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def refuse_existing_file(path: str | Path, *, overwrite: bool) -> None:
+    """Refuse an output file that is there, before any long work begins.
+
+    Args:
+        path: File that is to be written.
+        overwrite: Whether it may be replaced.
+
+    Raises:
+        OutputError: If the path is a directory, or a file and `overwrite` is False.
+    """
+    target = Path(path)
+    if target.is_dir():
+        raise OutputError(
+            f"'{target}' exists already and is a directory, but the result is a file; choose another name."
+        )
+    if target.exists() and not overwrite:
+        raise OutputError(f"'{target}' exists already; choose another name or allow overwriting (--overwrite).")
 
 
 def refuse_existing(path: str | Path, *, overwrite: bool) -> None:

@@ -65,6 +65,8 @@ def test_refusals():
     assert nearly.severity == "warning"
     assert nearly.numbers["most_common_share"] == pytest.approx(1 / 3)
     assert nearly.numbers["near_most_common_share"] == 1.0
+    assert "4 of the 4 are refusals" in varied.sentence
+    assert "4 of the 6 are refusals" in check_refusals([*REFUSALS, *ANSWERS[:2]]).sentence
     swapped = check_refusals(ANSWERS)
     assert swapped.severity == "error"
     assert "right file" in swapped.sentence

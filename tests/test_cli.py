@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,10 @@ from transformers import AutoModelForCausalLM
 from sstmerge.adapters import load_adapter
 from sstmerge.cli import app as cli_app
 from sstmerge.cli import main
+from sstmerge.pipeline.calibration import CollectionOptions
+from sstmerge.pipeline.models import load_tokenizer
+from sstmerge.pipeline.plan import plan_merge
+from sstmerge.prompts import encode, load_examples, prompt_tokens
 
 
 def run(monkeypatch, *arguments: str) -> int:
@@ -134,6 +139,33 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(monkeypatch, job, tmp_path
     assert not (tmp_path / "merged").exists()
 
 
+def planned(job, options: CollectionOptions) -> list[str]:
+    roles = {role: job[role] for role in ("utility", "safety")}
+    table = plan_merge(job["base"], [job["harm.jsonl"]], [job["benign.jsonl"]], options, **roles)
+    rows = zip(*(column.cells for column in table.columns), strict=True)
+    return [str(value) for name, value in rows if str(name).endswith("prompts")]
+
+
+def test_a_plan_counts_prompts_without_a_response(job):
+    tokenizer = load_tokenizer(job["base"])
+    examples = load_examples(job["benign.jsonl"])
+    answered = encode([e for e in examples if e.response], tokenizer, max_length=10**9)
+    (unanswered,) = [e for e in examples if not e.response]
+    for options, answer in (
+        (CollectionOptions(), 32),
+        (CollectionOptions(completion_tokens=5), 5),
+    ):
+        tokens = sum(len(e.input_ids) for e in answered) + len(prompt_tokens(unanswered, tokenizer)) + answer
+        assert planned(job, options)[1] == f"9 sequences, {tokens} tokens"
+
+
+def test_a_plan_knows_the_largest_number_of_samples(job):
+    everything, some = (planned(job, CollectionOptions(max_samples=n)) for n in (None, 2))
+    harm, all_harm = (re.findall(r"\d+", rows[0]) for rows in (some, everything))
+    assert harm[:2] == ["2", "8"]
+    assert int(harm[2]) == pytest.approx(int(all_harm[1]) / 4, abs=1)
+
+
 def test_curve_from_fishers(monkeypatch, job, tmp_path):
     gain, cost = fisher_files(monkeypatch, job, tmp_path)
     adapters = ("--utility", job["utility"], "--safety", job["safety"])
@@ -151,6 +183,18 @@ def test_curve_from_fishers(monkeypatch, job, tmp_path):
     for picture in ("curve.png", "spectrum.png"):
         assert (out / picture).read_bytes().startswith(b"\x89PNG")
     assert load_adapter(out / "01-project").layers
+
+
+def test_curve_prints_every_warning_once(monkeypatch, valid, tmp_path, capsys):
+    gain, cost = map(str, valid.fishers["kfac"])
+    adapters = [f for role in ("utility", "safety") for f in (f"--{role}", str(valid.adapters[role]))]
+    arguments = ("--gain", gain, "--cost", cost, *adapters, "--scales", "1,2", "--out", str(tmp_path / "curve"))
+    assert run(monkeypatch, "curve", *arguments) == 0
+    said = capsys.readouterr().err
+    points = json.loads((tmp_path / "curve" / "curve.json").read_text())
+    warnings = {sentence for point in points for sentence in point["warnings"]}
+    assert any("effective harm sequences" in sentence for sentence in warnings)
+    assert all(said.count(f"Warning: {sentence}") == 1 for sentence in warnings)
 
 
 def test_evaluate_check_inspect_doctor(monkeypatch, job, tmp_path, capsys):
@@ -199,6 +243,19 @@ def test_evaluate_check_inspect_doctor(monkeypatch, job, tmp_path, capsys):
         ({"--out": "{base}"}, "exists"),
         ({"--dtype": "int8"}, "Unknown dtype"),
         ({"--gain": "a.safetensors"}, "--cost"),
+        ({"--rule": "wiener"}, "needs mu"),
+        ({"--rule": "refit", "--mu": "1"}, "'refit' takes top, fraction, energy or budget"),
+        ({"--rule": "refit", "--module-share": "0.5"}, "leave out the module filter"),
+        ({"--scale": "2", "--top": "3", "--budget": "0.1"}, "give either scale or budget"),
+        ({"--scale": "nan"}, "scale must be a finite number"),
+        ({"--damping": "-1"}, "damping must be"),
+        ({"--top": "5000"}, "the space of these adapters has"),
+        ({"--module-share": "2"}, "module_share must lie in (0, 1]"),
+        ({"--dimension-share": "0.2"}, "dimension_share belong to the module filter; give module_share"),
+        ({"--pilot": "2"}, "pilot belong to the module filter; give module_share"),
+        ({"--draws": "0"}, "draws must be at least 1"),
+        ({"--response-tokens": "0"}, "response_tokens must be at least 1"),
+        ({"--harm": "{base}/../benign.jsonl"}, "Every harmful prompt needs a response"),
     ],
 )
 def test_bad_input_is_one_sentence_and_exit_code_2(monkeypatch, job, tmp_path, capsys, change, expected):
@@ -216,6 +273,87 @@ def test_bad_input_is_one_sentence_and_exit_code_2(monkeypatch, job, tmp_path, c
     assert "Traceback" not in printed
     assert not out.exists()
     assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("more", [(), ("--dry-run",)])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--rank", "99"),
+        ("--rule", "average"),
+        ("--rule", "wiener"),
+        ("--rule", "refit", "--exponent", "2"),
+        ("--rule", "refit", "--module-share", "0.5"),
+        ("--scale", "2", "--top", "3", "--budget", "0.1"),
+        ("--scale", "nan"),
+        ("--damping", "-1"),
+        ("--top", "5000"),
+        ("--module-share", "2"),
+        ("--pilot", "2"),
+        ("--draws", "0"),
+        ("--structure", "cubic"),
+    ],
+)
+def test_options_that_cannot_work_are_refused_before_the_model_is_loaded(monkeypatch, job, tmp_path, flags, more):
+    monkeypatch.setattr("sstmerge.pipeline.models.load_model", lambda *_, **__: pytest.fail("the model was loaded"))
+    assert run(monkeypatch, *merge_arguments(job, tmp_path / "merged", *flags, *more)) == 2
+
+
+@pytest.mark.parametrize("command", ["fisher", "sketch"])
+@pytest.mark.parametrize(
+    ("labels", "more", "expected"),
+    [
+        ("data", ("--draws", "4"), "--draws 4 draws sampled labels"),
+        ("sampled", ("--draws", "0"), "draws must be at least 1"),
+        ("sampled", ("--out", "{base}", "--overwrite"), "is a directory, but the result is a file"),
+    ],
+)
+def test_collections_that_cannot_work_are_refused_before_the_model_is_loaded(
+    monkeypatch, job, tmp_path, capsys, command, labels, more, expected
+):
+    monkeypatch.setattr("sstmerge.pipeline.models.load_model", lambda *_, **__: pytest.fail("the model was loaded"))
+    adapters = ("--adapter", f"u={job['utility']}") if command == "fisher" else ()
+    arguments = ("--base", job["base"], "--data", job["harm.jsonl"], "--out", str(tmp_path / "f"), *adapters)
+    code = run(monkeypatch, command, *arguments, "--labels", labels, *(word.format(**job) for word in more))
+    assert code == 2
+    assert expected in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--structure", "global"),
+        ("--reference", "base"),
+        ("--draws", "4"),
+        ("--response-tokens", "6"),
+        ("--max-length", "99"),
+        ("--tokens-per-batch", "99"),
+        ("--weight-sharing", "reduce"),
+        ("--tolerance", "0.1"),
+        ("--max-samples", "3"),
+        ("--check-every", "8"),
+        ("--refusal-weight", "4"),
+        ("--completion-tokens", "4"),
+        ("--module-share", "0.2"),
+        ("--module-share", "0.2", "--dimension-share", "0.2", "--pilot", "4"),
+        ("--split", "train"),
+        ("--limit", "3"),
+        ("--dtype", "float32"),
+        ("--device", "cpu"),
+        ("--quantization", "4bit"),
+        ("--seed", "3"),
+        ("--dry-run",),
+    ],
+)
+def test_options_of_a_collection_have_no_place_beside_fishers(monkeypatch, valid, tmp_path, capsys, flags):
+    gain, cost = map(str, valid.fishers["kfac"])
+    adapters = [f for role in ("utility", "safety") for f in (f"--{role}", str(valid.adapters[role]))]
+    out = tmp_path / "merged"
+    assert run(monkeypatch, "merge", "--gain", gain, "--cost", cost, *adapters, "--out", str(out), *flags) == 2
+    sentence = " ".join(capsys.readouterr().err.split())
+    assert all(flag in sentence for flag in flags if flag.startswith("--"))
+    assert "--gain and --cost are collected" in sentence
+    assert not out.exists()
 
 
 def test_a_fisher_of_other_adapters_is_refused(monkeypatch, job, tmp_path, capsys, pico_llama):

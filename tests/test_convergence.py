@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import replace
 
 import pytest
@@ -201,6 +202,13 @@ def test_interval_of_one_fisher_is_that_of_its_adapters(model, space, batches):
     assert look.converged
 
 
+@pytest.mark.parametrize(("labels", "measured"), [("data", "½φᵀFφ"), ("sampled", "predicted KL")])
+def test_only_sampled_labels_give_a_kl(model, space, batches, labels, measured):
+    rule = StoppingRule(tolerance=1e6, max_samples=None, check_every=4, tokens_per_batch=64, seed=0)
+    fisher = converge(batches, collector(model, space, labels=labels)[0], rule)
+    assert f"converged to 100000000% with 12 of 24 sequences: {measured} " in convergence_sentence(fisher.metadata)
+
+
 # ---- a pair ----------------------------------------------------------------------------------------------------------
 
 
@@ -214,6 +222,7 @@ def test_pair_without_noise_has_converged(model, space):
     look = pair_look(gain, cost, adapters_sum, 1, tolerance=1e-6)
     assert look.converged
     assert look.step_error == pytest.approx(0, abs=1e-7)
+    assert look.measured == "held-out KL"
     total = space.core("utility") + space.core("safety")
     assert look.kl.estimate == pytest.approx(0.5 * cost.whole().quadratic(total))
 
@@ -223,15 +232,15 @@ def test_pair_is_collected_in_turns_until_it_is_known(model, space, batches, str
     options = CollectionOptions(structure=structure, reference="utility", tolerance=1e6, check_every=3)
     gain, cost = collect_pair(model, space, batches, batches, options)
     assert (gain.counts.sequences.sum(), cost.counts.sequences.sum()) == (9, 9)
-    if structure == "ekfac":
-        return
+    assert gain.metadata["convergence"]["looks"] == cost.metadata["convergence"]["looks"]
     recorded = cost.metadata["convergence"]
     assert recorded["converged"]
     assert tuple(recorded["looks"][-1]["sequences"]) == (9, 9)
     chosen = sorted(i for chunk in random_chunks(batches, 3, None, seed=0)[:3] for i in chunk)
-    expected = collect_fisher(
-        model, regroup(batches, chosen, 64), space, structure=structure, labels="sampled", reference="utility"
-    )
+    how = {"labels": "sampled", "reference": "utility"}
+    if structure == "ekfac":
+        how["basis"] = cost.kronecker_basis()
+    expected = collect_fisher(model, regroup(batches, chosen, 64), space, structure=structure, **how)
     assert relative_error(dense_fisher(cost), dense_fisher(expected)) < 1e-6
 
 
@@ -240,6 +249,9 @@ def test_most_samples_are_a_random_choice_of_the_data(model, space, batches):
     gain, _ = collect_pair(model, space, batches, batches, options)
     assert gain.counts.sequences.sum() == 10
     assert not gain.metadata["convergence"]["converged"]
+    # One chunk cannot be held out from another, and nobody asked for a tolerance.
+    words = convergence_sentence(gain.metadata)
+    assert re.fullmatch(r"10 of 24 sequences: in-sample KL [-0-9.e]+ nats/token, too few groups for an interval", words)
 
 
 def test_convergence_is_in_the_file(model, space, batches, tmp_path):
@@ -269,12 +281,18 @@ def test_merge_and_fisher_commands_stop_early(job, tmp_path, monkeypatch, option
 
 
 def test_sentence_says_how_much_was_needed():
-    look = {"kl": {"estimate": 0.02, "half_width": 0.003}, "step_error": 0.12}
+    look = {"kl": {"estimate": 0.02, "half_width": 0.003}, "step_error": 0.12, "measured": "held-out KL"}
     recorded = {"tolerance": 0.2, "converged": True, "sequences": 48, "sequences_available": 500, "looks": [look]}
     words = "converged to 20% with 48 of 500 sequences: held-out KL 0.02 ± 0.003 nats/token, step error 12%"
     assert convergence_sentence({"convergence": recorded}) == words
-    look["kl"]["half_width"] = None
-    assert "too few groups" in convergence_sentence({"convergence": {**recorded, "converged": False}})
+    del look["measured"]  # a file of before
+    assert convergence_sentence({"convergence": recorded}) == words
+    look["step_error"], recorded["converged"] = None, False
+    words = "not converged to 20% with 48 of 500 sequences: estimate 0.02 ± 0.003 per token"
+    assert convergence_sentence({"convergence": recorded}) == words
+    look["kl"]["half_width"], recorded["tolerance"] = None, None
+    words = "48 of 500 sequences: estimate 0.02 per token, too few groups for an interval"
+    assert convergence_sentence({"convergence": recorded}) == words
     assert convergence_sentence({}) is None
 
 

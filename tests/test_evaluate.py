@@ -217,6 +217,14 @@ def test_a_reference_without_responses_is_refused_before_the_model_is_loaded(job
     assert "of 0 benign and 0 borderline prompts none has a response" in " ".join(err.split())
 
 
+def test_a_directory_is_no_output_file(job, tmp_path, monkeypatch):
+    monkeypatch.setattr("sstmerge.pipeline.models.load_model", lambda *_, **__: pytest.fail("the model was loaded"))
+    arguments = ("--base", job["base"], "--harmful", job["harm.jsonl"], "--out", str(tmp_path), "--overwrite")
+    code, err = run_command("evaluate", *arguments)
+    assert code == 2
+    assert "is a directory, but the result is a file" in " ".join(err.split())
+
+
 # ---- output --------------------------------------------------------------------------------------------------------
 
 

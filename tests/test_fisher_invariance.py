@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from builders import GPT2_TARGETS, brute_force_scores, dense_fisher, random_adapter, random_batch, relative_error, rows
@@ -79,7 +81,27 @@ def test_integer_weights_are_repetitions(model, space, structure):
     one, other = collect(model, [heavy], space, structure), collect(model, [plain], space, structure)
     assert relative_error(dense_fisher(one), dense_fisher(other)) < 1e-6
     assert relative_error(one.mean_score(), other.mean_score()) < 1e-6
-    assert one.counts.effective_sequences == pytest.approx(36 / 14)
+    assert one.effective_sequences == pytest.approx(36 / 14)
+
+
+@pytest.mark.parametrize("draws", [1, 3])
+@pytest.mark.parametrize(("reference", "points"), [("a", 1), ("path:base:a:4", 4)])
+def test_draws_and_points_are_no_new_sequences(model, space, draws, reference, points):
+    fisher = collect(model, [BATCH], space, labels="sampled", draws=draws, reference=reference)
+    assert fisher.counts.sequences.sum() == 7.5 * draws * points
+    assert fisher.effective_sequences == pytest.approx(7.5**2 / 22.125)
+    for some in ("draws", "reference"):  # as in a file that is damaged
+        damaged = replace(fisher, metadata={**fisher.metadata, some: 10**400})
+        assert damaged.effective_sequences >= fisher.effective_sequences
+
+
+def test_sums_of_different_draws_do_not_overstate_their_sequences(model, space):
+    one = collect(model, [random_batch([5] * 4, seed=4)], space, labels="sampled")
+    four = collect(model, [random_batch([5] * 6, seed=3)], space, labels="sampled", draws=4)
+    for both in (one + four, four + one):
+        # Every sequence weighs as much as it has draws.
+        assert both.effective_sequences <= (4 + 6 * 4) ** 2 / (4 + 6 * 16)
+        assert both.effective_sequences == pytest.approx(28 / 4)
 
 
 def test_size_of_logits_chunks_changes_nothing(model, space, monkeypatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 
 import pytest
 from cli_runs import run_command
@@ -72,6 +73,34 @@ def test_inputs_are_compared_where_that_is_asked_for(valid, tmp_path):
     assert run_command("verify", "--inputs", str(out))[0] == 1
     (difference,) = verify(out, inputs=True)
     assert "gain.safetensors" in difference.file
+
+
+@pytest.mark.parametrize("named", ["", "expert="])
+def test_a_sign_of_equality_in_a_path_hides_no_input(valid, tmp_path, named):
+    folder = tmp_path / "lr=1e-4"
+    copies = {role: shutil.copytree(path, folder / role) for role, path in valid.adapters.items()}
+    out = tmp_path / "merged"
+    if named:
+        adapters = [
+            "--method",
+            "task_arithmetic",
+            "--adapter",
+            f"{named}{copies['utility']}",
+            "--adapter",
+            copies["safety"],
+        ]
+    else:
+        gain, cost = valid.fishers["kfac"]
+        adapters = ["--gain", gain, "--cost", cost, "--utility", copies["utility"], "--safety", copies["safety"]]
+    code, err = run_command("merge", *map(str, adapters), "--out", str(out))
+    assert code == 0, err
+    inputs = json.loads((out / "sstmerge_manifest.json").read_text())["inputs"]
+    for copy in copies.values():
+        weights = copy / "adapter_model.safetensors"
+        assert inputs[str(copy)][weights.name]["sha256"] == sha256(weights)
+    assert run_command("verify", "--inputs", str(out))[0] == 0
+    (copies["utility"] / "adapter_config.json").write_text("{}")
+    assert run_command("verify", "--inputs", str(out))[0] == 1
 
 
 def test_a_file_has_its_manifest_beside_it(valid, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from math import prod
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from builders import random_adapter, random_batch
 from cli_runs import run_command
 
 from sstmerge.adapters import CoreSpace
+from sstmerge.cli.memory_check import check_memory
 from sstmerge.errors import InputError
 from sstmerge.fisher import collect_fisher
 from sstmerge.fisher.structures import Structure
@@ -83,6 +85,19 @@ def test_a_command_that_cannot_fit_ends_before_it_loads_anything(valid, tmp_path
     assert "--ignore-memory" in err
     assert not (tmp_path / "merged").exists()
     assert run_command(*map(str, arguments), "--ignore-memory")[0] == 0
+
+
+def test_a_sign_of_equality_in_a_path_is_no_name(valid, tmp_path, monkeypatch):
+    folder = tmp_path / "lr=1e-4"
+    folder.mkdir()
+    asked: list[str] = []
+    monkeypatch.setattr(
+        "sstmerge.pipeline.memory_estimate.estimate_solving", lambda _, adapters: asked.extend(adapters) or Estimate({})
+    )
+    gain, cost = valid.fishers["kfac"]
+    adapters = [str(folder), f"expert={folder}"]
+    check_memory(SimpleNamespace(params={"gain": gain, "cost": cost, "adapter": adapters}, meta={}))
+    assert asked == [str(folder)] * 2
 
 
 @pytest.mark.parametrize(

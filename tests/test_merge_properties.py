@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from builders import (
@@ -9,6 +11,7 @@ from builders import (
     HARM,
     SAFETY,
     UTILITY,
+    adapter_deltas,
     dense_deltas,
     enumerated_labels,
     gain_and_cost,
@@ -153,7 +156,7 @@ def test_two_experts_are_two_filters(spectra, rule, structure):
 
 
 @pytest.mark.parametrize("names", ["xyz", "vwxyz"])
-def test_experts_cost_the_sum_of_the_others(model, space, spectra, names):
+def test_experts_cost_the_mean_of_the_others(model, space, spectra, names):
     utility, safety = points(spectra["block"])
     rows_each = 39 // len(names)
     parts = {n: rows(HARM, slice(i * rows_each, (i + 1) * rows_each)) for i, n in enumerate(names)}
@@ -167,6 +170,25 @@ def test_experts_cost_the_sum_of_the_others(model, space, spectra, names):
         spectrum = solve(fishers[name], cost)
         expected += spectrum.apply_filter(core, spectrum.eigenvalues / (spectrum.eigenvalues + 1.0))
     assert relative_error(merged, expected) < 1e-4
+    # An expert of longer responses, or of more of them, costs the others no more.
+    longer, _ = merge_experts(
+        fishers | {"x": fishers["x"].weighted(20.0)}, experts, rule=Rule.WIENER, selection=Selection(mu=1.0)
+    )
+    assert relative_error(longer, merged) < 1e-5
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_a_weighted_fisher_is_the_same_and_counts_more(spectra, space, structure):
+    one, other = spectra[structure].gain, spectra[structure].cost
+    other = replace(other, metadata=one.metadata)
+    heavier, change = one.weighted(9.0), space.core(SAFETY)
+    assert heavier.quadratic(change) == pytest.approx(one.quadratic(change), rel=1e-6)
+    assert heavier.effective_sequences == pytest.approx(one.effective_sequences)
+    total = heavier + other
+    assert total.tokens == pytest.approx(9 * one.tokens + other.tokens)
+    if structure not in ("kfac", "ekfac"):  # factors are added one by one
+        expected = (9 * one.tokens * one.quadratic(change) + other.tokens * other.quadratic(change)) / total.tokens
+        assert total.quadratic(change) == pytest.approx(expected, rel=1e-5)
 
 
 def test_two_experts_with_fishers_at_their_own_are_merged_as_by_fisher_merging(model, space, spectra):
@@ -295,3 +317,21 @@ def test_the_kl_of_a_half_s_step_is_measured_on_the_other(spectra, space):
     assert stability.in_sample_kl == pytest.approx(sum(own) / 2, rel=1e-9)
     assert stability.held_out_kl == pytest.approx(sum(other) / 2, rel=1e-9)
     assert stability.held_out_kl > stability.in_sample_kl
+
+
+def test_halves_of_refit_are_judged_by_the_projection_that_it_starts_from(spectra, space):
+    whole, roles = spectra["kfac"], roles_in(space, [UTILITY], SAFETY, None)
+    projected = merge_cores(whole, roles.utility, roles.safety)
+    refitted = replace(projected, report=replace(projected.report, rule=Rule.REFIT.value, mu=1.0))
+    assert finish(roles, refitted, whole).stability == finish(roles, projected, whole).stability
+
+
+def test_a_rank_limit_says_what_it_cuts_off(spectra, space):
+    whole, roles = spectra["kfac"], roles_in(space, [UTILITY], SAFETY, None)
+    merged = merge_cores(whole, roles.utility, roles.safety)
+    limited, free = (finish(roles, merged, whole, rank=rank) for rank in (2, None))
+    written, kept = (adapter_deltas(result.adapter) for result in (limited, free))
+    lost = sum(float((kept[path] - written[path]).square().sum()) for path in kept) ** 0.5
+    share = lost / float(merged.core.norm())
+    (sentence,) = set(limited.merge.report.warnings) - set(free.merge.report.warnings)
+    assert f"cuts off {share:.1%} of the merged adapter's norm" in sentence

@@ -234,13 +234,11 @@ def test_budget_is_spent_exactly(spectrum, rule, choice, part):
     merged = merge_cores(spectrum, utility, safety, rule=rule, selection=Selection(budget=budget, **choice))
     spent = 0.5 * spectrum.cost.quadratic(merged.core - utility)
     choice.pop("exponent", None)
-    if rule is not Rule.PROJECT and not spectrum.complete and not choice and spent < budget:
-        # Any μ > 0 drops what lies in no direction of `global`; only μ = 0 keeps it, at once.
-        assert merged.report.mu > 0
-        return
     assert spent == pytest.approx(budget, rel=1e-5)
     assert merged.report.predicted_kl == pytest.approx(budget, rel=1e-5)
-    if choice:
+    # Any μ > 0 drops what lies in no direction of `global`: where the rest costs less than the budget, the scale spends it.
+    in_directions = spectrum.apply_filter(source, torch.ones_like(spectrum.eigenvalues))
+    if choice or 0.5 * spectrum.cost.quadratic(in_directions) < budget:
         assert merged.report.scale != 1.0
     else:
         assert merged.report.scale == 1.0
@@ -344,8 +342,15 @@ def test_unknown_rule():
 
 
 def test_small_samples_and_other_references_are_warned_of(model, space, spectra):
-    few = collect_fisher(model, [rows(HARM, [0, 1, 2])], space, structure="block", reference="base")
+    few = collect_fisher(model, [rows(HARM, [0, 1, 2])], space, structure="block", reference="path:base:utility:11")
     spectrum = solve(few, spectra["block"].cost)
     warnings = merge_cores(spectrum, *points(spectrum), rule=Rule.PROJECT).report.warnings
     assert any("Only 3 effective harm sequences" in sentence for sentence in warnings)
-    assert any("taken at 'base' but the cost at 'utility'" in sentence for sentence in warnings)
+    assert any("taken at 'path:base:utility:11' but the cost at 'utility'" in sentence for sentence in warnings)
+
+
+def test_joint_is_compared_with_the_safety_adapter(spectrum):
+    utility, safety = points(spectrum)
+    joint = merge_cores(spectrum, utility, safety, rule=Rule.JOINT, scale=2.0, selection=Selection(mu=1.0)).report
+    assert joint.norm_task_arithmetic == pytest.approx(2 * float(safety.norm()))
+    assert joint.predicted_kl_task_arithmetic == pytest.approx(2 * spectrum.cost.quadratic(safety))

@@ -14,7 +14,7 @@ from sstmerge.cli import main
 from sstmerge.errors import FisherError, InputError
 from sstmerge.fisher import Fisher, collect_fisher
 from sstmerge.gevp import solve
-from sstmerge.pipeline.calibration import CollectionOptions, collect_pair, refused
+from sstmerge.pipeline.calibration import CollectionOptions, batches_of, collect_pair, refused
 from sstmerge.prompts import Example
 
 HARM, BENIGN, REFUSALS = (random_batch([7] * rows, seed=seed) for seed, rows in ((1, 10), (2, 12), (3, 6)))
@@ -61,6 +61,37 @@ def test_the_penalty_is_added_per_token(model, space, structure):
     assert total.metadata == {**cost.metadata, "penalty": penalty.metadata["data"]}
     with pytest.raises(FisherError, match="reference"):
         cost.with_penalty(replace(penalty, metadata={**penalty.metadata, "reference": "b"}))
+
+
+def test_sums_keep_the_penalty_and_no_looks(model, space):
+    def collect(batch, labels, **options):
+        found = collect_fisher(model, [batch], space, structure="diagonal", labels=labels, reference="a", **options)
+        return replace(found, metadata={**found.metadata, "convergence": {"converged": True}})
+
+    plain, more = collect(BENIGN, "sampled", draws=4), collect(HARM, "sampled", draws=4)
+    penalised = plain.with_penalty(collect(REFUSALS, "data"))
+    assert penalised.effective_sequences == plain.effective_sequences == 12  # the same prompts again
+    assert "penalty" not in (plain + more).metadata
+    for total in (penalised + more, more + penalised):
+        assert total.metadata["penalty"] == [penalised.metadata["penalty"]]
+        assert total.effective_sequences == pytest.approx(22)
+    assert not any("convergence" in total.metadata for total in (penalised, plain + more, more + penalised))
+
+
+def test_more_draws_leave_the_weight_of_refusals_as_it_is(model, space, pico_tokenizer):
+    harm, benign, tokenizer = examples("harm", 2), examples("benign", 3), pico_tokenizer()
+
+    def share(draws):
+        options = CollectionOptions(structure="diagonal", reference="a", refusal_weight=2.0, draws=draws)
+        harmful, answered, refusing = (
+            batches_of(model, tokenizer, rows, options) for rows in (harm, benign, refused(benign, harm, options))
+        )
+        plain = collect_pair(model, space, harmful, answered, options)[1]
+        penalised = collect_pair(model, space, harmful, answered, options, refusals=refusing)[1]
+        return 1 - plain.tokens / penalised.tokens
+
+    assert 0 < share(1) < 1
+    assert share(4) == pytest.approx(share(1))
 
 
 @pytest.mark.parametrize("structure", ["kfac", "ekfac"])

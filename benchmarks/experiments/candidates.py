@@ -26,7 +26,7 @@ IDENTITY = 1e9
 WIENER = 1.0
 STRICT_WIENER = 10.0
 # Weight of the refusals of benign prompts in F_cost, and the name of the spectrum that has them.
-REFUSAL_WEIGHT = 4.0
+REFUSAL_WEIGHT = 1.0
 REFUSALS = "kfac, refusals"
 MASK = "fisher_ratio_mask"
 # The rule that asks the model at every step takes minutes, so it is run in one structure.

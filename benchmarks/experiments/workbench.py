@@ -201,7 +201,7 @@ class Workbench:
 
         inputs = {
             "options": _described(options),
-            "weight": options.refusal_weight,
+            "weight": options.refusal_weight * options.draws,
             "rows": rows_key(rows),
             "adapters": stage_names(folders),
         }

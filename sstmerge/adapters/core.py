@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
@@ -164,6 +165,22 @@ class CoreSpace:
         """
         return torch.cat([part.sum(dim=(-2, -1)) for part in self.split(vector)], dim=-1)
 
+    def check_rank(self, rank: int | None) -> None:
+        """Refuse a rank limit that `to_adapter` could not meet.
+
+        Args:
+            rank: Rank limit; None is no limit.
+
+        Raises:
+            InputError: If the rank is below 1 or above the largest core.
+        """
+        largest = max(min(group.core_shape[1:]) for group in self.groups)
+        if rank is not None and not 1 <= rank <= largest:
+            raise InputError(
+                f"The rank limit is {rank}, but the cores of these adapters have rank {largest} at most; give a rank "
+                f"from 1 to {largest}, or none for a lossless result."
+            )
+
     def to_adapter(
         self, vector: Tensor, *, name: str, rank: int | None = None, dtype: torch.dtype | None = None
     ) -> Adapter:
@@ -186,12 +203,7 @@ class CoreSpace:
         """
         if not bool(torch.linalg.vector_norm(vector, ord=torch.inf).isfinite()):
             raise InputError("The merged coordinates hold NaN or Inf; no adapter was written.")
-        largest = max(min(group.core_shape[1:]) for group in self.groups)
-        if rank is not None and not 1 <= rank <= largest:
-            raise InputError(
-                f"The rank limit is {rank}, but the cores of these adapters have rank {largest} at most; give a rank "
-                f"from 1 to {largest}, or none for a lossless result."
-            )
+        self.check_rank(rank)
         factored = [_singular_triplets(core.double()) for core in self.split(vector)]
         rank = rank or _largest_rank([values for _, values, _ in factored])
         dtype = dtype or common_dtype(self.adapters)
@@ -216,6 +228,11 @@ class CoreSpace:
             config=merged_config(self.adapters, self.layer_names),
             source="a merge by sstmerge",
         )
+
+    def beyond_rank(self, vector: Tensor, rank: int) -> float:
+        """Return the Frobenius norm of what `to_adapter` cuts off a vector (D,) by a rank limit."""
+        cut = [torch.linalg.svdvals(core.double())[:, rank:].square().sum() for core in self.split(vector)]
+        return math.sqrt(sum(map(float, cut)))
 
     def restrict(self, outputs: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> CoreSpace:
         """Return the subspace of some layers and, in each of them, some basis vectors.

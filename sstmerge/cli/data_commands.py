@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from sstmerge.atomic import refuse_existing_file
 from sstmerge.cli.app import ConfigOption, app, fail_on, parse_named
 from sstmerge.cli.merge_commands import Device, Dtype, Limit, Overwrite, Quantization, Safety, Split, Utility
 from sstmerge.cli.recording import recorded
@@ -57,9 +58,8 @@ def evaluate(
     from sstmerge.prompts import load_examples
 
     fail_on(not (harmful or benign or borderline or utility_tasks), "Give at least one prompt file, such as --harmful.")
-    fail_on(
-        out is not None and out.exists() and not overwrite, f"'{out}' exists already; pass --overwrite to replace it."
-    )
+    if out is not None:
+        refuse_existing_file(out, overwrite=overwrite)
     files = {"harmful": harmful, "benign": benign, "borderline": borderline, "utility": utility_tasks}
     prompts = PromptSets(
         **{name: load_examples(str(f), split=split, limit=limit) for name, f in files.items() if f is not None}

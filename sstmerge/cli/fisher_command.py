@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from sstmerge.atomic import refuse_existing_file
 from sstmerge.cli.app import ConfigOption, app, fail_on, parse_named
 from sstmerge.cli.merge_commands import (
     CheckEvery,
@@ -81,7 +82,11 @@ def fisher(
     config: ConfigOption = None,
 ) -> None:
     """Collect one Fisher and save it, to be used by any number of merges."""
-    fail_on(out.exists() and not overwrite, f"'{out}' exists already; choose another name or pass --overwrite.")
+    refuse_existing_file(out, overwrite=overwrite)
+    fail_on(
+        labels == "data" and draws != 1,
+        f"--draws {draws} draws sampled labels, but --labels data takes those of the data; leave out --draws.",
+    )
     in_processes(launch)
     from sstmerge.fisher.convergence import convergence_sentence
     from sstmerge.pipeline.calibration import CollectionOptions

@@ -8,6 +8,8 @@ from typing import Any
 
 import typer
 
+from sstmerge.cli.named_paths import name_and_path
+
 _IGNORED = "sstmerge.ignore_memory"
 
 
@@ -29,7 +31,7 @@ def check_memory(context: typer.Context) -> None:
     """
     given = context.params
     adapters = [*(given.get("utility") or []), *([given["safety"]] if given.get("safety") else [])]
-    adapters += [text.partition("=")[2] or text for text in given.get("adapter") or []]
+    adapters += [name_and_path(text)[1] for text in given.get("adapter") or []]
     from sstmerge.pipeline.memory_estimate import estimate_collection, estimate_model, estimate_solving
     from sstmerge.pipeline.process_memory import available_bytes
 

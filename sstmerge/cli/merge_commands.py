@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -206,21 +208,21 @@ def merge(
         "utility_weights": utility_weight or None,
         "ignore_base_name": ignore_base_name,
     }
-    finishing: dict[str, Any] = {
-        "out": out,
+    asked: dict[str, Any] = {
         "rule": rule,
         "scale": scale,
         "selection": selection,
         "damping": damping,
         "rank": rank,
-        "stability": stability,
-        "overwrite": overwrite,
     }
+    finishing: dict[str, Any] = {"out": out, "stability": stability, "overwrite": overwrite, **asked}
     if gain is not None or cost is not None:
         fail_on(gain is None or cost is None, "--gain and --cost belong together; give both Fisher files.")
         fail_on(bool(base or harm or benign), "Give --gain and --cost, or --base with --harm and --benign, not both.")
         fail_on(rule == "refit", "The rule 'refit' evaluates the model; give --base, --harm and --benign.")
-        refuse_flags(context, RUNNING_ONLY, "belong to the collection of Fishers; --gain and --cost are collected")
+        fail_on(dry_run, "--dry-run plans a collection, but --gain and --cost are collected already; leave it out.")
+        collecting = (*asdict(options), "split", "limit", "dtype", "device", "quantization", *RUNNING_ONLY)
+        refuse_flags(context, collecting, "belong to the collection of Fishers; --gain and --cost are collected")
         with recorded(context, out):
             result = job.merge_from_fishers(gain, cost, **shared, **finishing)  # type: ignore[arg-type]
     else:
@@ -229,12 +231,13 @@ def merge(
             "Give --base, --harm and --benign (or --gain and --cost with Fishers that were collected before).",
         )
         if dry_run:
-            console.print(plan_merge(base, harm, benign, options, split=split, limit=limit, out=out, **shared))  # type: ignore[arg-type]
+            rows = {"split": split, "limit": limit}
+            console.print(plan_merge(base, harm, benign, options, out=out, **rows, **shared, **asked))  # type: ignore[arg-type]
             return
         in_processes(launch)
         with running(context, out) as (run, progress):
             result = job.merge(
-                load_model(base, dtype=dtype, device=device or own_device(), quantization=quantization),  # type: ignore[arg-type]
+                partial(load_model, base, dtype=dtype, device=device or own_device(), quantization=quantization),  # type: ignore[arg-type]
                 tokenizer=load_tokenizer(base),  # type: ignore[arg-type]
                 harm=harm,  # type: ignore[arg-type]
                 benign=benign,  # type: ignore[arg-type]
@@ -316,6 +319,8 @@ def curve(
             f"{point.predicted_gain:.4f}",
         )
     console.print(table)
+    for sentence in dict.fromkeys(sentence for point in points for sentence in point.warnings):
+        warn(sentence)
     console.print(f"Wrote {out}")
 
 

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from sstmerge.cli.app import app, fail_on, parse_named
+from sstmerge.cli.named_paths import name_and_path
 from sstmerge.cli.recording import recorded
 from sstmerge.cli.reporting import console, progress_bars
 
@@ -104,11 +105,8 @@ def _adapters(values: list[str]) -> dict[str, str]:
     """Return the directories by name; the name of one without a name is the last component of its path."""
     named = []
     for value in values:
-        name, separator, directory = value.partition("=")
-        if separator and not Path(value).is_dir():
-            named.append((name, directory))
-        else:
-            named.append((Path(value).name, value))
+        name, directory = name_and_path(value)
+        named.append((Path(value).name if name is None else name, directory))
     names = [name for name, _ in named]
     twice = next((name for name in names if names.count(name) > 1), None)
     fail_on(twice is not None, f"Two adapters have the name '{twice}'; tell them apart with --adapter NAME=DIR.")

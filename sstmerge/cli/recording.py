@@ -14,12 +14,14 @@ from typing import Any
 import typer
 
 from sstmerge.cli.memory_check import check_memory
+from sstmerge.cli.named_paths import name_and_path
 from sstmerge.cli.reporting import log_event
 
-# Parameters whose values are paths or hub ids, some in the form NAME=PATH.
+# Parameters whose values are paths or hub ids, in the form NAME=PATH or not.
+_NAMED_INPUTS = ("adapter", "fisher_file")
 _INPUTS = (
-    *("base", "adapter", "utility", "safety", "harm", "benign", "gain", "cost", "data", "basis", "like", "config"),
-    *("fisher_file", "aligned", "harmful", "borderline", "utility_tasks"),
+    *("base", "utility", "safety", "harm", "benign", "gain", "cost", "data", "basis", "like", "config"),
+    *("aligned", "harmful", "borderline", "utility_tasks"),
 )
 
 
@@ -56,16 +58,14 @@ def recorded(context: typer.Context, out: Path | None) -> Iterator[None]:
 
 def _inputs(parameters: Mapping[str, Any]) -> list[str]:
     """Return the paths and hub ids that a command reads."""
-    given = (parameters.get(name) for name in _INPUTS)
-    listed = [item for value in given for item in (value if isinstance(value, list | tuple) else [value])]
-    return list(dict.fromkeys(_path_of(str(item)) for item in listed if item is not None and str(item)))
+    named = (name_and_path(item)[1] for name in _NAMED_INPUTS for item in _texts(parameters.get(name)))
+    plain = (item.partition("::")[0] for name in _INPUTS for item in _texts(parameters.get(name)))  # FILE::SPLIT
+    return list(dict.fromkeys((*named, *plain)))
 
 
-def _path_of(value: str) -> str:
-    """Return the path of NAME=PATH, or of FILE::SPLIT."""
-    name, separator, path = value.partition("=")
-    value = path if separator and name and path else value
-    return value.partition("::")[0]
+def _texts(value: Any) -> list[str]:
+    listed = value if isinstance(value, list | tuple) else [value]
+    return [str(item) for item in listed if item is not None and str(item)]
 
 
 def _described(path: str) -> Any:

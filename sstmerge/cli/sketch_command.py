@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from sstmerge.atomic import refuse_existing_file
 from sstmerge.cli.app import ConfigOption, app, fail_on
 from sstmerge.cli.memory_check import check_sums
 from sstmerge.cli.merge_commands import (
@@ -68,7 +69,11 @@ def sketch(
     config: ConfigOption = None,
 ) -> None:
     """Sketch a base model once; `merge` and `curve` take it as --gain or --cost for any adapters, without data."""
-    fail_on(out.exists() and not overwrite, f"'{out}' exists already; choose another name or pass --overwrite.")
+    refuse_existing_file(out, overwrite=overwrite)
+    fail_on(
+        labels == "data" and draws != 1,
+        f"--draws {draws} draws sampled labels, but --labels data takes those of the data; leave out --draws.",
+    )
     in_processes(launch)
     from sstmerge.fisher.partial_sums import MOST_LARGE_SUMS
     from sstmerge.fisher.sketch_plan import SketchPlan

@@ -67,10 +67,12 @@ class Look:
         number: Number of the look, from 1.
         sequences: Sequences seen: of a single Fisher, or of gain and cost.
         tokens: Response tokens seen, likewise.
-        kl: The predicted KL divergence on benign data, nats per response token, with its interval; of a single Fisher that
-            of the adapter whose interval is relatively the widest.
+        kl: The predicted KL divergence on benign data, nats per response token, with its interval; of a single Fisher
+            ½ φᵀFφ of the adapter φ whose interval is relatively the widest, which is a KL for sampled labels alone.
         step_error: Relative standard error of the selected step; None of a single Fisher.
         converged: Whether this is enough.
+        measured: What `kl` is, in words: "held-out KL" of halves' merges, "in-sample KL" of the whole's merge with too few
+            groups for halves, "predicted KL" or "½φᵀFφ" of an adapter.
     """
 
     number: int
@@ -79,6 +81,7 @@ class Look:
     kl: Interval
     step_error: float | None
     converged: bool
+    measured: str
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON, an infinite half width as None."""
@@ -96,12 +99,18 @@ def convergence_sentence(metadata: Mapping[str, Any]) -> str | None:
         return None
     look = recorded["looks"][-1]
     kl, error = look["kl"], look["step_error"]
-    width = "too few groups for an interval" if kl["half_width"] is None else f"± {kl['half_width']:.2g}"
+    # Files of before this was recorded: a step's error was known where there were halves, and only there.
+    measured = look.get("measured", "estimate" if error is None else "held-out KL")
+    unit = "nats/token" if measured.endswith("KL") else "per token"
+    width, few = (
+        ("", ", too few groups for an interval") if kl["half_width"] is None else (f" ± {kl['half_width']:.2g}", "")
+    )
     moved = "" if error is None else f", step error {error:.0%}"
-    asked = "" if recorded["tolerance"] is None else f" to {recorded['tolerance']:.0%}"
-    found = "converged" + asked if recorded["converged"] else "not converged" + asked
+    found = ""
+    if recorded["tolerance"] is not None:
+        found = f"{'converged' if recorded['converged'] else 'not converged'} to {recorded['tolerance']:.0%} with "
     used = f"{recorded['sequences']} of {recorded['sequences_available']} sequences"
-    return f"{found} with {used}: held-out KL {kl['estimate']:.2g} {width} nats/token{moved}"
+    return f"{found}{used}: {measured} {kl['estimate']:.2g}{width} {unit}{few}{moved}"
 
 
 class Groups:
@@ -184,7 +193,8 @@ def single_look(groups: Groups, number: int, tolerance: float) -> Look:
         totals = [0.5 * part.quadratic(core) * part.tokens for part in groups.parts]
         intervals.append(ratio_interval(totals, weights, number))
     widest = max(intervals, key=lambda interval: interval.relative)
-    return Look(number, (groups.sequences,), (groups.tokens,), widest, None, widest.relative <= tolerance)
+    measured = "predicted KL" if groups.parts[0].metadata.get("labels") == "sampled" else "½φᵀFφ"
+    return Look(number, (groups.sequences,), (groups.tokens,), widest, None, widest.relative <= tolerance, measured)
 
 
 def half_samples(groups: int) -> list[list[int]]:

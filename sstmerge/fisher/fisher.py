@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -58,12 +59,6 @@ class Counts:
         mask = torch.tensor([index == 0, index == 1], dtype=torch.float64)
         return Counts(*(getattr(self, n) * mask for n in self.__dataclass_fields__))
 
-    @property
-    def effective_sequences(self) -> float:
-        """(Σ w)² / Σ w², the number of equally weighted sequences that would carry as much information."""
-        squared = float(self.squared_weights.sum())
-        return float(self.sequences.sum()) ** 2 / squared if squared else 0.0
-
 
 @dataclass(frozen=True)
 class Fisher:
@@ -87,6 +82,17 @@ class Fisher:
     def tokens(self) -> float:
         """Weighted number of response tokens; every expectation is in units of one of them."""
         return float(self.counts.tokens.sum())
+
+    @property
+    def effective_sequences(self) -> float:
+        """(Σ w)² / Σ w², the number of equally weighted sequences that would carry as much information.
+
+        Draws of labels and points of a path score the same sequences again, which are no new data, so all of a sequence's
+        scores count as one here. Of a sum of Fishers of different draws this is a lower bound.
+        """
+        scores = _draws(self.metadata) * _points(self.metadata)
+        squared = scores * float(self.counts.squared_weights.sum())
+        return float(self.counts.sequences.sum()) ** 2 / squared if squared else 0.0
 
     def sums(self, name: str) -> list[Tensor]:
         """Return a statistic summed over both halves, one tensor per group, float64."""
@@ -204,8 +210,20 @@ class Fisher:
                 statistics[name] = kept
         return Fisher(self.structure, self.space, statistics, self.counts.half(index), self.metadata)
 
+    def weighted(self, factor: float) -> Fisher:
+        """Return the Fisher as if every sequence had `factor` > 0 times its weight: the same, but it counts more in sums."""
+        statistics = {
+            name: tensor
+            if name == "score_half" or name.startswith("kronecker_")
+            else tensor * (math.sqrt(factor) if name == "scores" else factor)
+            for name, tensor in self.statistics.items()
+        }
+        counts = {n: factor * getattr(self.counts, n) for n in ("sequences", "tokens", "positions")}
+        squared = factor**2 * self.counts.squared_weights
+        return Fisher(self.structure, self.space, statistics, Counts(**counts, squared_weights=squared), self.metadata)
+
     def __add__(self, other: Fisher) -> Fisher:
-        """Return the Fisher of both data sets together.
+        """Return the Fisher of both data sets together; what was found of one of them while collecting is left out.
 
         Raises:
             FisherError: If the two are of different kinds or spaces.
@@ -228,10 +246,15 @@ class Fisher:
                 statistics[name] = tensor
             else:
                 statistics[name] = tensor + other.statistics[name]
-        data = [*_as_list(self.metadata.get("data")), *_as_list(other.metadata.get("data"))]
-        return Fisher(
-            self.structure, self.space, statistics, self.counts + other.counts, {**self.metadata, "data": data}
-        )
+        both = (self.metadata, other.metadata)
+        metadata = {
+            **_without_looks(self.metadata),
+            "data": [entry for one in both for entry in _as_list(one.get("data"))],
+            "draws": max(map(_draws, both)),
+        }
+        if penalties := [entry for one in both if "penalty" in one for entry in _as_list(one["penalty"])]:
+            metadata["penalty"] = penalties
+        return Fisher(self.structure, self.space, statistics, self.counts + other.counts, metadata)
 
     def with_penalty(self, penalty: Fisher) -> Fisher:
         """Return F_cost with another Fisher added that counts as cost, too, whatever its labels are.
@@ -240,14 +263,17 @@ class Fisher:
             penalty: The empirical Fisher of responses that must not become likelier, such as refusals of benign prompts.
 
         Returns:
-            The sum, per response token of both. Its quadratic form is no KL any more; the metadata say so ("penalty").
+            The sum, per response token of both. Its quadratic form is no KL any more; the metadata say so ("penalty"). Its
+            sequences are those of F_cost: the same prompts again are no new data.
 
         Raises:
             FisherError: If the two are of different spaces or structures, or were taken in different ways otherwise.
         """
         data, labels = penalty.metadata.get("data"), self.metadata.get("labels")
         total = self + replace(penalty, metadata={**penalty.metadata, "labels": labels})
-        return replace(total, metadata={**self.metadata, "penalty": data})
+        own = {name: getattr(self.counts, name) for name in ("sequences", "squared_weights")}
+        metadata = {**_without_looks(self.metadata), "penalty": data}
+        return replace(total, counts=replace(total.counts, **own), metadata=metadata)
 
     def in_space(self, space: CoreSpace) -> Fisher:
         """Return the same Fisher attached to an equal space object.
@@ -351,6 +377,20 @@ def _read(path: str | Path) -> tuple[dict[str, Any], str, dict[str, Tensor]]:
             f"{where} was altered or damaged: its contents do not match its hash; collect this Fisher again."
         )
     return header, metadata["space"], tensors
+
+
+def _without_looks(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in metadata.items() if key != "convergence"}
+
+
+def _draws(metadata: Mapping[str, Any]) -> int:
+    draws = metadata.get("draws")
+    return draws if type(draws) is int and 0 < draws < 2**31 else 1
+
+
+def _points(metadata: Mapping[str, Any]) -> int:
+    path = re.fullmatch(r"path:.*:(\d{1,9})", str(metadata.get("reference")), re.DOTALL)
+    return max(1, int(path[1])) if path else 1
 
 
 def _as_list(value: Any) -> list[Any]:

@@ -36,7 +36,8 @@ def pair_look(
     half's merge, ½ ΔᵀF_costΔ, is measured on the groups of the other half, so that it is not flattered by having been
     minimised on the same data; its spread over the groups gives the interval. How far the steps Δ of two halves differ is
     the standard error of the step, relative to its size, in what matters of it: in the metric of F_cost and in that of
-    F_gain, whichever is larger. (Its Frobenius norm would count directions that change nothing.)
+    F_gain, whichever is larger. (Its Frobenius norm would count directions that change nothing.) Too few groups to be split
+    give the KL of the whole's merge on the whole, which is flattered and has no interval.
 
     Args:
         gain: Groups of F_gain.
@@ -53,7 +54,8 @@ def pair_look(
     seen = (gain.sequences, cost.sequences), (gain.tokens, cost.tokens)
     if min(len(gain.parts), len(cost.parts)) < FEWEST_GROUPS:
         change = step(solve(*whole, damping=damping))
-        return Look(number, *seen, Interval(0.5 * whole[1].quadratic(change), float("inf")), float("inf"), False)
+        kl = Interval(0.5 * whole[1].quadratic(change), float("inf"))
+        return Look(number, *seen, kl, float("inf"), False, "in-sample KL")
     gain_splits, cost_splits = half_samples(len(gain.parts)), half_samples(len(cost.parts))
     count = max(len(gain_splits), len(cost_splits))
     halves, shares = [], []
@@ -72,4 +74,5 @@ def pair_look(
         )
     kl = ratio_interval(totals, [part.tokens for part in cost.parts], number)
     error = max(half_sample_error(halves, shares, fisher) for fisher in whole)
-    return Look(number, *seen, kl, error, kl.relative <= tolerance and error <= tolerance)
+    converged = kl.relative <= tolerance and error <= tolerance
+    return Look(number, *seen, kl, error, converged, "held-out KL")

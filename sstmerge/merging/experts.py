@@ -31,7 +31,7 @@ def merge_experts(
     pooled_cost: Fisher | None = None,
     damping: float | None = None,
 ) -> tuple[Tensor, dict[str, MergeReport]]:
-    """Merge T experts, φ = Σ_t a_t P_t φ_t, where P_t filters by gain F_t against cost Σ_{s≠t} F_s.
+    """Merge T experts, φ = Σ_t a_t P_t φ_t, where P_t filters by gain F_t against cost mean_{s≠t} F_s.
 
     Collect every Fisher at its own expert (`reference="NAME"`): there is the minimum of its loss that the quadratic model is
     about, and what must survive. Fishers at one common point are taken, too, and did much worse (dev/LOG.md: at the mean of
@@ -44,8 +44,9 @@ def merge_experts(
             was best where it was measured, without a rule, so sweep it.
         rule: `wiener` or `project`.
         selection: Which directions of every expert; μ = 1 by default for `wiener`, 99 % of the gain energy for `project`.
-            The cost is per response token of all others together, so that μ weighs the mean of the others, not their sum.
-        pooled_cost: One cost Fisher for all experts, instead of the sum of the others.
+            The cost is the mean of the others, each per response token of its own data: one with long responses counts no
+            more than one that answers in a word, and μ weighs a mean, not a sum.
+        pooled_cost: One cost Fisher for all experts, instead of the mean of the others.
         damping: Relative damping.
 
     Returns:
@@ -88,11 +89,11 @@ def merge_experts(
 def expert_spectra(
     fishers: Mapping[str, Fisher], *, pooled_cost: Fisher | None = None, damping: float | None = None
 ) -> Iterator[tuple[str, Spectrum]]:
-    """Solve every expert's gain against the cost of the others.
+    """Solve every expert's gain against the mean cost of the others, each in nats per response token of its own data.
 
     Args:
         fishers: As for `merge_experts`.
-        pooled_cost: One cost Fisher for all experts, instead of the sum of the others.
+        pooled_cost: One cost Fisher for all experts, instead of the mean of the others.
         damping: Relative damping.
 
     Yields:
@@ -102,9 +103,18 @@ def expert_spectra(
         InputError: The Fishers were taken at several points that are not their own experts.
     """
     comparable = _at_one_reference(fishers)
-    costs = repeat(pooled_cost) if pooled_cost else _sums_of_the_others(list(comparable.values()))
+    costs = repeat(pooled_cost) if pooled_cost else _sums_of_the_others(_of_equal_tokens(list(comparable.values())))
     for (name, gain), cost in zip(comparable.items(), costs, strict=False):
         yield name, solve(gain, cost, damping=damping)
+
+
+def _of_equal_tokens(fishers: Sequence[Fisher]) -> list[Fisher]:
+    """Return the Fishers with weights that make their response tokens equal, so that long responses count no more."""
+    if len(fishers) == 2:
+        return list(fishers)  # each other's cost: there is nothing to be weighed
+    tokens = [fisher.tokens for fisher in fishers]
+    mean = sum(tokens) / len(tokens)
+    return [fisher.weighted(mean / own) if own else fisher for fisher, own in zip(fishers, tokens, strict=True)]
 
 
 def _sums_of_the_others(fishers: Sequence[Fisher], outside: tuple[Fisher, ...] = ()) -> Iterator[Fisher]:

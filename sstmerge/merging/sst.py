@@ -28,6 +28,8 @@ from sstmerge.merging.selection import Selection, efficiency_order, largest, sel
 # The directions kept where the user chooses none: those that hold this share of the safety adapter's gain energy.
 DEFAULT_ENERGY = 0.99
 _BISECTIONS = 60
+# Share of a budget that counts as all of it.
+_SPENT = 0.999
 # Entries, 8 MiB in float64: memory that the allocator keeps.
 _PIECE = 2**20
 
@@ -54,7 +56,8 @@ class MergeReport:
         damping: Relative damping of F_cost.
         directions: Directions with a weight above one half.
         directions_in_all: Dimension of the space.
-        gain_kept: Share of the safety adapter's gain energy φᵀF_gain φ that the change keeps at scale 1.
+        gain_kept: Share of the safety adapter's gain energy φᵀF_gain φ that the change keeps at scale 1; with a module
+            filter, of the part of the adapter that the filter leaves.
         predicted_kl: ½ Δᵀ F_cost Δ of the change Δ from the utility model, nats per benign response token. Structures other
             than `global` leave out that layers act together, `global` that other prompts differ: experiment C measured 5
             times as much for `kfac`, 16 for `diagonal` and thousands for `global` (docs/RESULTS.md).
@@ -161,7 +164,7 @@ def merge_cores(
     Raises:
         InputError: If options contradict each other.
     """
-    _check_options(rule, scale, selection)
+    check_options(rule, scale, selection)
     source = safety - utility if rule is Rule.JOINT else safety
     coordinates = spectrum.coordinates(source)
     weights, mu = _weights(spectrum, source, coordinates, rule, 1.0 if scale is None else scale, selection)
@@ -170,12 +173,15 @@ def merge_cores(
     if scale is None:
         scale = 1.0
         if selection.budget is not None and (
-            _directions_given(rule, selection) or mu == 0.0 or bool((weights == 1).all())
+            _directions_given(rule, selection)
+            # Even all directions, or the weakest filter, cost less than the budget.
+            or 0.5 * spectrum.cost.quadratic(change) < _SPENT * selection.budget
         ):
             scale = _scale_for(spectrum, change, selection.budget)
     change.mul_(scale)
-    in_eigenbasis = coordinates, (weights * coordinates).mul_(scale)
-    summary = report(spectrum, source, change, in_eigenbasis, weights, rule, scale, mu, selection.exponent)
+    of_safety = coordinates if source is safety else spectrum.coordinates(safety)
+    in_eigenbasis = of_safety, (weights * coordinates).mul_(scale)
+    summary = report(spectrum, safety, change, in_eigenbasis, weights, rule, scale, mu, selection.exponent)
     if selection.budget is not None:
         summary = replace(summary, warnings=(*summary.warnings, about_budget(spectrum.gain.structure)))
     return Merge(utility + change, summary, weights != 0)
@@ -183,7 +189,7 @@ def merge_cores(
 
 def report(
     spectrum: Spectrum,
-    source: Tensor,
+    safety: Tensor,
     change: Tensor,
     coordinates: tuple[Tensor, Tensor],
     weights: Tensor,
@@ -196,9 +202,9 @@ def report(
 
     Args:
         spectrum: The solved pair of Fishers.
-        source: The adapter the change was taken from, at scale 1, shape (D,).
+        safety: The safety adapter as trained, shape (D,): what the change is compared with.
         change: The change, shape (D,).
-        coordinates: Those of the source and of the change in the eigenbasis, each (m,).
+        coordinates: Those of the safety adapter and of the change in the eigenbasis, each (m,).
         weights: Weight per direction, shape (m,).
         rule: Rule.
         scale: Factor that was applied.
@@ -216,10 +222,10 @@ def report(
     parts = space.split(kept) if spectrum.complete else []
     counts = [part.view(torch.int8).sum(dim=(1, 2), dtype=torch.int32) for part in parts]
     norms = torch.cat([torch.linalg.vector_norm(part, dim=(1, 2)) for part in space.split(change)])
-    effective = spectrum.gain.counts.effective_sequences, spectrum.cost.counts.effective_sequences
+    effective = spectrum.gain.effective_sequences, spectrum.cost.effective_sequences
     predicted_kl = 0.5 * spectrum.cost.quadratic(change)
-    norm, norm_of_source = float(change.norm()), float(source.norm())
-    length = norm / norm_of_source if norm_of_source else 1.0
+    norm, norm_of_safety = float(change.norm()), float(safety.norm())
+    length = norm / norm_of_safety if norm_of_safety else 1.0
     return MergeReport(
         rule=rule.value,
         structure=spectrum.gain.structure.value,
@@ -231,10 +237,10 @@ def report(
         directions_in_all=space.size,
         gain_kept=gain / (scale**2 * whole_gain) if whole_gain > 0 and scale else 0.0,
         predicted_kl=predicted_kl,
-        predicted_kl_task_arithmetic=0.5 * scale**2 * spectrum.cost.quadratic(source),
+        predicted_kl_task_arithmetic=0.5 * scale**2 * spectrum.cost.quadratic(safety),
         predicted_gain=float(spectrum.gain.mean_score() @ change),
         norm=norm,
-        norm_task_arithmetic=abs(scale) * norm_of_source,
+        norm_task_arithmetic=abs(scale) * norm_of_safety,
         directions_per_layer=(
             {n: c for n, c in zip(space.layer_names, torch.cat(counts).tolist(), strict=True) if c} if counts else {}
         ),
@@ -252,7 +258,17 @@ def _gain_energy(eigenvalues: Tensor, coordinates: Tensor) -> float:
     return sum(float(values @ c.square()) for values, c in pieces)
 
 
-def _check_options(rule: Rule, scale: float | None, selection: Selection) -> None:
+def check_options(rule: Rule, scale: float | None, selection: Selection) -> None:
+    """Refuse options that contradict each other.
+
+    Args:
+        rule: Rule.
+        scale: Factor of the safety adapter; None where none was given.
+        selection: Which directions.
+
+    Raises:
+        InputError: If they do.
+    """
     if rule is Rule.REFIT:
         raise InputError("The rule 'refit' evaluates the model; use sstmerge.merge or sstmerge.pipeline.refit.")
     if rule is Rule.PROJECT and selection.mu is not None:

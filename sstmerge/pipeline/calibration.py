@@ -56,7 +56,8 @@ class CollectionOptions:
         check_every: Sequences of each kind between two looks.
         refusal_weight: Weight of a second part of F_cost, the empirical Fisher of the harmful prompts' refusals as responses
             to the benign prompts: what makes harmless requests refused counts as cost, though the model hardly refuses
-            them yet, so that the KL cannot see it. 0 for the KL alone.
+            them yet, so that the KL cannot see it. A refusal's token counts so many times as one of a benign response,
+            whatever `draws` is. 0 for the KL alone.
     """
 
     structure: str = "kfac"
@@ -81,6 +82,19 @@ class CollectionOptions:
             raise InputError(f"refusal_weight must be a finite number >= 0, but is {self.refusal_weight}.")
         if self.refusal_weight and self.stopping_rule is not None:
             raise InputError("refusal_weight takes all data; leave out tolerance and max_samples.")
+        for name in ("draws", "pilot", "tokens_per_batch", "completion_tokens", "response_tokens", "max_length"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"{name} must be at least 1, but is {value}.")
+        for name in ("module_share", "dimension_share"):
+            value = getattr(self, name)
+            if value is not None and not 0.0 < value <= 1.0:
+                raise InputError(f"{name} must lie in (0, 1], but is {value}.")
+        of_filter = [n for n in ("dimension_share", "pilot") if getattr(self, n) != getattr(CollectionOptions, n)]
+        if of_filter and self.module_share is None:
+            raise InputError(
+                f"{' and '.join(of_filter)} belong to the module filter; give module_share too (1 keeps all modules)."
+            )
         _ = self.stopping_rule  # refuses numbers that make no sense before a model is loaded
 
     @property
@@ -154,18 +168,16 @@ def refused(benign: Sequence[Example], harm: Sequence[Example], options: Collect
     Args:
         benign: Benign prompts; their own responses are not looked at.
         harm: Harmful prompts with refusals.
-        options: `refusal_weight`, which multiplies the weights of the prompts, and the seed of the pairing.
+        options: `refusal_weight`, which multiplies the weights of the prompts, and so do `draws`, as each draw counts the
+            benign responses once more; and the seed of the pairing.
 
     Returns:
         Every benign prompt with the refusal of a harmful one drawn at random; none where the weight is 0.
     """
     if not options.refusal_weight:
         return []
-    draw = random.Random(options.seed)
-    return [
-        replace(example, response=draw.choice(harm).response, weight=options.refusal_weight * example.weight)
-        for example in benign
-    ]
+    draw, weight = random.Random(options.seed), options.refusal_weight * options.draws
+    return [replace(example, response=draw.choice(harm).response, weight=weight * example.weight) for example in benign]
 
 
 def batches_of(
@@ -268,7 +280,9 @@ def collect_pair(
     if not isinstance(spectrum, KroneckerSpectrum):
         raise InputError("An EK-FAC basis comes from a pair of kfac Fishers.")
     refitted = [c(b, structure="ekfac", basis=spectrum.basis) for c, b in ((gain, harm), (cost, benign))]
-    return refitted[0], refitted[1]
+    # What the looks of the first pass found is known of the second one, too.
+    kept = [replace(b, metadata={**a.metadata, **b.metadata}) for a, b in zip(pair, refitted, strict=True)]
+    return kept[0], kept[1]
 
 
 def choose_modules(

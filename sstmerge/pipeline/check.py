@@ -182,9 +182,8 @@ def check_refusals(responses: Sequence[str | None]) -> Finding:
             "refusing; vary the refusals.",
             numbers,
         )
-    return Finding(
-        "refusals", "ok", f"{len(set(given))} different responses among {len(given)}; they are refusals.", numbers
-    )
+    different = f"{len(set(given))} different responses among {len(given)}"
+    return Finding("refusals", "ok", f"{different}; {refusals.count} of the {refusals.total} are refusals.", numbers)
 
 
 def check_overlap(harm: Sequence[Example], benign: Sequence[Example]) -> Finding:

@@ -33,6 +33,7 @@ class CurvePoint:
         predicted_kl: Predicted benign KL, nats per response token.
         predicted_gain: First-order gain of the refusals' log-probability, nats per response token.
         norm: Frobenius norm of the change.
+        warnings: What to look at before believing the point; not in `curve.csv`.
     """
 
     method: str
@@ -42,6 +43,7 @@ class CurvePoint:
     predicted_kl: float
     predicted_gain: float
     norm: float
+    warnings: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, method: str, report: MergeReport) -> CurvePoint:
@@ -190,6 +192,7 @@ def draw_spectrum(spectrum: Spectrum, safety: Tensor) -> Figure:
 
 def _write_csv(points: Sequence[CurvePoint], path: Path) -> None:
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(CurvePoint.__dataclass_fields__))
+        columns = [name for name in CurvePoint.__dataclass_fields__ if name != "warnings"]
+        writer = csv.DictWriter(file, fieldnames=columns, extrasaction="ignore")
         writer.writeheader()
         writer.writerows(vars(point) for point in points)

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from sstmerge.adapters import load_adapter
-from sstmerge.errors import InputError
+from sstmerge.errors import FisherError, InputError
+from sstmerge.fisher.convergence import convergence_sentence
 from sstmerge.fisher.fisher import read_header
 from sstmerge.fisher.sketch_file import is_sketch, sketch_header
 from sstmerge.pipeline.merge import REPORT_FILE
+from sstmerge.untrusted import read_json
 
 
 def inspect(path: str | Path) -> list[Table]:
@@ -45,13 +48,13 @@ def file_header(path: str | Path) -> dict[str, Any]:
 def _sketch_table(path: Path) -> Table:
     header = sketch_header(path)
     counts, metadata, layers = header["counts"], header["metadata"], header["layers"]
-    table = Table(title=f"Sketch {path.name}", show_header=False)
+    table = _table(f"Sketch {path.name}")
     table.add_row("rank", str(header["rank"]))
     for key in ("labels", "reference", "draws", "response_tokens", "seed", "model", "data", "left_out", "versions"):
-        table.add_row(key, str(metadata.get(key)))
+        table.add_row(key, escape(str(metadata.get(key))))
     table.add_row("sequences (even, odd)", " + ".join(f"{value:g}" for value in counts["sequences"]))
     table.add_row("response tokens (even, odd)", " + ".join(f"{value:g}" for value in counts["tokens"]))
-    table.add_row("layers", f"{len(layers)}: {', '.join(sorted({name.rsplit('.', 1)[-1] for name in layers}))}")
+    table.add_row("layers", f"{len(layers)}: {escape(', '.join(sorted({name.rsplit('.', 1)[-1] for name in layers})))}")
     table.add_row("size", f"{path.stat().st_size / 1e6:,.2f} MB")
     return table
 
@@ -59,7 +62,7 @@ def _sketch_table(path: Path) -> Table:
 def _fisher_table(path: Path) -> Table:
     header = read_header(path)
     counts, metadata = header["counts"], header["metadata"]
-    table = Table(title=f"Fisher {path.name}", show_header=False)
+    table = _table(f"Fisher {path.name}")
     table.add_row("structure", header["structure"])
     for key in (
         "labels",
@@ -72,12 +75,16 @@ def _fisher_table(path: Path) -> Table:
         "data",
         "versions",
     ):
-        table.add_row(key, str(metadata.get(key)))
+        table.add_row(key, escape(str(metadata.get(key))))
+    if "penalty" in metadata:
+        table.add_row("penalty", escape(f"counts as cost, too: {metadata['penalty']}"))
+    if (stopped := _convergence(metadata, path)) is not None:
+        table.add_row("convergence", escape(stopped))
     table.add_row("sequences (even, odd)", " + ".join(f"{value:g}" for value in counts["sequences"]))
     table.add_row("response tokens (even, odd)", " + ".join(f"{value:g}" for value in counts["tokens"]))
     for adapter in header["adapters"]:
-        table.add_row(f"adapter {adapter['name']}", adapter["fingerprint"])
-    table.add_row("layers", f"{len(header['layers'])}: {header['layers'][0]} … {header['layers'][-1]}")
+        table.add_row(escape(f"adapter {adapter['name']}"), escape(adapter["fingerprint"]))
+    table.add_row("layers", escape(f"{len(header['layers'])}: {header['layers'][0]} … {header['layers'][-1]}"))
     for name, tensor in sorted(header["tensors"].items()):
         if not name.startswith(("basis.", "counts.")):
             table.add_row(name, f"{tensor['dtype'].removeprefix('torch.')} {tensor['shape']}")
@@ -87,11 +94,11 @@ def _fisher_table(path: Path) -> Table:
 
 def _adapter_table(path: Path) -> Table:
     adapter = load_adapter(path)
-    table = Table(title=f"Adapter {path.name}", show_header=False)
+    table = _table(f"Adapter {path.name}")
     ranks = sorted({factors.rank for factors in adapter.layers.values()})
-    table.add_row("base model", str(adapter.base_model))
+    table.add_row("base model", escape(str(adapter.base_model)))
     table.add_row("layers", str(len(adapter.layers)))
-    table.add_row("modules", ", ".join(sorted({name.rsplit(".", 1)[-1] for name in adapter.layers})))
+    table.add_row("modules", escape(", ".join(sorted({name.rsplit(".", 1)[-1] for name in adapter.layers}))))
     table.add_row("ranks", ", ".join(map(str, ranks)))
     table.add_row("parameters", f"{adapter.parameter_count:,} {str(adapter.dtype).removeprefix('torch.')}")
     table.add_row("fingerprint", adapter.fingerprint)
@@ -99,11 +106,31 @@ def _adapter_table(path: Path) -> Table:
 
 
 def _report_table(path: Path) -> Table:
-    report = json.loads(path.read_text())
-    table = Table(title="How it was merged", show_header=False)
-    for key, value in report["merge"].items():
+    report = read_json(path, f"The report '{path}'")
+    merged, stability = report.get("merge"), report.get("stability") or {}
+    if not isinstance(merged, dict) or not isinstance(stability, dict):
+        raise InputError(f"The report '{path}' says nothing of a merge; it is damaged, so remove it or merge again.")
+    table = _table("How it was merged")
+    for key, value in merged.items():
         if not isinstance(value, dict | list):
-            table.add_row(key, str(value))
-    for key, value in (report["stability"] or {}).items():
-        table.add_row(f"split halves: {key}", f"{value:.4g}")
+            table.add_row(escape(key), escape(str(value)))
+    for key, value in stability.items():
+        shown = f"{value:.4g}" if isinstance(value, int | float) else str(value)
+        table.add_row(escape(f"split halves: {key}"), escape(shown))
+    warnings = merged.get("warnings")
+    for sentence in warnings if isinstance(warnings, list) else ():
+        table.add_row("warning", escape(str(sentence)))
     return table
+
+
+def _convergence(metadata: Mapping[str, Any], path: Path) -> str | None:
+    try:
+        return convergence_sentence(metadata)
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise FisherError(
+            f"'{path}' holds no readable record of when its collection stopped; it is damaged."
+        ) from error
+
+
+def _table(title: str) -> Table:
+    return Table(title=escape(title), show_header=False)

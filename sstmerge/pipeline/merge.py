@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -16,7 +16,7 @@ from sstmerge.atomic import refuse_existing
 from sstmerge.errors import FisherError, InputError
 from sstmerge.fisher import Fisher
 from sstmerge.gevp import Spectrum, solve
-from sstmerge.merging import Merge, Rule, Selection, merge_cores, parse_rule
+from sstmerge.merging import Merge, Rule, Selection, merge_cores
 from sstmerge.merging.stability import Stability, split_half_stability
 from sstmerge.pipeline.calibration import (
     CollectionOptions,
@@ -27,6 +27,7 @@ from sstmerge.pipeline.calibration import (
     load_all,
     refused,
 )
+from sstmerge.pipeline.merge_checks import check_merge, check_rule
 from sstmerge.pipeline.models import load_model, load_tokenizer
 from sstmerge.pipeline.progress import Progress, no_progress
 from sstmerge.pipeline.refit import RefitOptions, refit_cores
@@ -81,7 +82,7 @@ class MergeResult:
 
 
 def merge(
-    base: str | nn.Module,
+    base: str | nn.Module | Callable[[], nn.Module],
     *,
     utility: AdapterSource | Sequence[AdapterSource] = (),
     safety: AdapterSource,
@@ -108,7 +109,8 @@ def merge(
     """Merge a safety adapter into utility adapters by measured effect.
 
     Args:
-        base: Base model: directory, hub id, or a loaded transformers model (then give its tokenizer).
+        base: Base model: directory, hub id, or a loaded transformers model or what loads it after all cheap checks (then
+            give its tokenizer).
         utility: Utility adapters: PEFT directories, hub ids, `Adapter`s or live `PeftModel`s; none means the base model.
         safety: The safety adapter.
         harm: Prompt files of harmful requests with refusals.
@@ -140,17 +142,17 @@ def merge(
     """
     if out is not None:
         refuse_existing(out, overwrite=overwrite)
-    parsed = parse_rule(rule)
-    if parsed is Rule.REFIT and options.module_share is not None:
-        raise InputError("The rule 'refit' works in the whole space; leave out the module filter.")
     roles = load_roles(utility, safety, utility_weights, ignore_base_name=ignore_base_name)
+    parsed = check_merge(
+        roles.space, rule, scale=scale, selection=selection, damping=damping, rank=rank, options=options
+    )
     roles = with_space(roles, run.same_space(roles.space), utility_weights)
     options = replace(options, reference=expand_reference(options.reference, roles))
     harm_examples = load_all(harm, split=split, limit=limit)
     benign_examples = load_all(benign, split=split, limit=limit)
-    model, tokenizer = _model_and_tokenizer(base, tokenizer)
     if any(example.response is None for example in harm_examples):
         raise InputError("Every harmful prompt needs a response, the refusal: F_gain measures what makes it likelier.")
+    model, tokenizer = _model_and_tokenizer(base, tokenizer)
     benign_examples = complete(
         model,
         tokenizer,
@@ -243,6 +245,7 @@ def merge_in_part(
     report = replace(merged.report, warnings=(*notes, *merged.report.warnings))
     if part is roles.space:
         return replace(merged, report=report)
+    report = replace(report, norm_task_arithmetic=abs(report.scale) * float(roles.safety.norm()))
     core = roles.utility + roles.space.embed(merged.core - utility, part)
     return replace(merged, core=core, report=report)
 
@@ -287,6 +290,7 @@ def merge_from_fishers(
     """
     if out is not None:
         refuse_existing(out, overwrite=overwrite)
+    parsed = check_rule(rule, scale, selection, damping)
     roles, spectrum = load_solved(
         gain,
         cost,
@@ -296,7 +300,7 @@ def merge_from_fishers(
         utility_weights=utility_weights,
         ignore_base_name=ignore_base_name,
     )
-    merged = merge_cores(spectrum, roles.utility, roles.safety, rule=parse_rule(rule), scale=scale, selection=selection)
+    merged = merge_cores(spectrum, roles.utility, roles.safety, rule=parsed, scale=scale, selection=selection)
     result = finish(roles, merged, spectrum, rank=rank, stability=stability)
     if out is not None:
         result.save(out, overwrite=overwrite)
@@ -356,6 +360,12 @@ def finish(
         The result.
     """
     adapter = roles.space.to_adapter(merged.core, name="merged", rank=rank)
+    if rank is not None and (cut := roles.space.beyond_rank(merged.core, rank)):
+        sentence = (
+            f"The rank limit of {rank} cuts off {cut / float(merged.core.norm()):.1%} of the merged adapter's norm, utility "
+            "adapters included; all numbers here are those of the merge without the limit."
+        )
+        merged = replace(merged, report=replace(merged.report, warnings=(*merged.report.warnings, sentence)))
     agreement = None
     if stability and _both_halves_have_tokens(spectrum):
         source = roles.safety - roles.utility if merged.report.rule == Rule.JOINT else roles.safety
@@ -371,7 +381,7 @@ def _stability(spectrum: Spectrum, source: Tensor, merged: Merge) -> Stability:
         spectrum,
         source,
         kept=int(merged.kept.count_nonzero()),
-        mu=report.mu or 0.0,
+        mu=0.0 if report.rule == Rule.REFIT else report.mu or 0.0,
         exponent=report.exponent,
         # No shrinkage of any direction is the whole adapter, also what lies in none (`merge_cores`).
         rest=1.0 if report.mu == 0.0 and bool(merged.kept.all()) else 0.0,
@@ -383,9 +393,9 @@ def _both_halves_have_tokens(spectrum: Spectrum) -> bool:
     return all(bool((fisher.counts.tokens > 0).all()) for fisher in (spectrum.gain, spectrum.cost))
 
 
-def _model_and_tokenizer(base: str | nn.Module, tokenizer: Any) -> tuple[nn.Module, Any]:
-    if isinstance(base, nn.Module):
+def _model_and_tokenizer(base: str | nn.Module | Callable[[], nn.Module], tokenizer: Any) -> tuple[nn.Module, Any]:
+    if isinstance(base, nn.Module) or callable(base):
         if tokenizer is None:
             raise InputError("A loaded model was given without its tokenizer; pass tokenizer=.")
-        return base, tokenizer
+        return base if isinstance(base, nn.Module) else base(), tokenizer
     return load_model(base), tokenizer or load_tokenizer(base)

@@ -11,11 +11,13 @@ from rich.table import Table
 from sstmerge.adapters import CoreSpace
 from sstmerge.fisher import reference_points
 from sstmerge.fisher.structures import Structure, parse_structure
+from sstmerge.merging import Selection
 from sstmerge.pipeline.calibration import CollectionOptions, load_all
+from sstmerge.pipeline.merge_checks import check_merge
 from sstmerge.pipeline.models import load_tokenizer, parameter_count
 from sstmerge.pipeline.process_memory import available_bytes
 from sstmerge.pipeline.roles import AdapterSource, expand_reference, load_roles
-from sstmerge.prompts import Example, encode
+from sstmerge.prompts import Example, encode, prompt_tokens
 
 _UNLIMITED = 10**9
 
@@ -33,6 +35,11 @@ def plan_merge(
     split: str | None = None,
     limit: int | None = None,
     out: str | Path | None = None,
+    rule: str = "project",
+    scale: float | None = None,
+    selection: Selection = Selection(),  # noqa: B008 (frozen)
+    damping: float | None = None,
+    rank: int | None = None,
 ) -> Table:
     """Check every input that can be checked without weights, and estimate the cost.
 
@@ -48,13 +55,22 @@ def plan_merge(
         split: Keep rows of this split.
         limit: Keep the first so many rows of each file.
         out: Where the result would go.
+        rule: Rule of the merge.
+        scale: Factor of the safety adapter.
+        selection: Which directions would be kept.
+        damping: Relative damping of F_cost.
+        rank: Rank limit of the result.
 
     Returns:
         A table: layers, core size, sequences, tokens, floating-point operations, sizes in memory.
+
+    Raises:
+        InputError: If an option cannot work, or an input is unusable.
     """
-    structure = parse_structure(options.structure)
     roles = load_roles(utility, safety, utility_weights, ignore_base_name=ignore_base_name)
     space = roles.space
+    check_merge(space, rule, scale=scale, selection=selection, damping=damping, rank=rank, options=options)
+    structure = parse_structure(options.structure)
     points = len(reference_points(expand_reference(options.reference, roles), space))
     tokenizer = load_tokenizer(base)
     parameters = parameter_count(base)
@@ -62,7 +78,8 @@ def plan_merge(
         "harm": load_all(harm, split=split, limit=limit),
         "benign": load_all(benign, split=split, limit=limit),
     }
-    tokens = {name: _tokens(examples, tokenizer, options) for name, examples in sets.items()}
+    counts = {name: min(len(examples), options.max_samples or len(examples)) for name, examples in sets.items()}
+    tokens = {name: round(_tokens(s, tokenizer, options) * counts[name] / len(s)) for name, s in sets.items()}
     missing = sum(example.response is None for example in sets["benign"])
     passes = 2 if structure is Structure.EKFAC else 1
     # Forward 2 and activation gradients 2 FLOP per parameter and token; each further draw repeats the backward half.
@@ -74,14 +91,15 @@ def plan_merge(
     table.add_row(
         "adapted layers", f"{len(space.layer_names)} in {len(space.groups)} shapes; core dimension {space.size:,}"
     )
-    for name, examples in sets.items():
-        table.add_row(f"{name} prompts", f"{len(examples)} sequences, {tokens[name]:,} tokens")
+    for name, count in counts.items():
+        at_most = f" of {len(sets[name])}, at most" if options.max_samples or options.tolerance else ""
+        table.add_row(f"{name} prompts", f"{count} sequences{at_most}, {tokens[name]:,} tokens")
     if missing:
         table.add_row("responses to generate", f"{missing} of at most {options.completion_tokens} tokens")
     table.add_row("structure", f"{structure.value} at {points} reference point(s), {passes} pass(es)")
     table.add_row("calibration", f"about {flop / 1e12:,.2f} TFLOP (forward and activation gradients)")
     table.add_row(
-        "memory of both Fishers", f"about {_fisher_bytes(structure, space, sets, points, options) / 1e6:,.1f} MB"
+        "memory of both Fishers", f"about {_fisher_bytes(structure, space, counts, points, options) / 1e6:,.1f} MB"
     )
     free = available_bytes()
     table.add_row("free memory", "unknown" if free is None else f"{free / 1e6:,.1f} MB")
@@ -93,17 +111,18 @@ def _tokens(examples: Sequence[Example], tokenizer: Any, options: CollectionOpti
     answered = [e for e in examples if e.response is not None]
     limit = options.max_length or _UNLIMITED
     encoded = encode(answered, tokenizer, max_length=limit, response_tokens=options.response_tokens)
-    unanswered = (len(examples) - len(answered)) * options.completion_tokens
-    return sum(len(e.input_ids) for e in encoded) + unanswered
+    prompts = [len(prompt_tokens(e, tokenizer)) for e in examples if e.response is None]
+    answer = min(options.completion_tokens, options.response_tokens or _UNLIMITED)
+    return sum(len(e.input_ids) for e in encoded) + sum(min(n + answer, limit) for n in prompts)
 
 
 def _fisher_bytes(
-    structure: Structure, space: CoreSpace, sets: dict[str, list[Example]], points: int, options: CollectionOptions
+    structure: Structure, space: CoreSpace, counts: dict[str, int], points: int, options: CollectionOptions
 ) -> int:
     shapes = [group.core_shape for group in space.groups]
     if structure is Structure.GLOBAL:
         benign_rows = options.draws + (1 if options.refusal_weight else 0)
-        rows = points * (len(sets["harm"]) + benign_rows * len(sets["benign"]))
+        rows = points * (counts["harm"] + benign_rows * counts["benign"])
         return rows * space.size * 4
     per_layer = {
         Structure.DIAGONAL: lambda o, i: 8 * o * i,
