@@ -337,7 +337,7 @@ class ManyExperts:
             if not all(values[0].any() for values in arrays.values()):
                 return None
             by_scale = _accuracies(arrays, metric)
-            return max(by_scale[:own]) - max(by_scale[own:])
+            return round(max(by_scale[:own]) - max(by_scale[own:]), 12)  # level is 0, not what rounding leaves
 
         resamples = self.config.resamples
         return {
