@@ -377,7 +377,7 @@ def compare_pair(roles: Roles, exact: dict[str, Fisher], sketches: dict[int, dic
     halves = {what: covariance_errors(fisher.half(0), fisher.half(1)) for what, fisher in exact.items()}
     first, second = (solve(exact["gain"].half(h), exact["cost"].half(h)) for h in (0, 1))
     count = min(merge_cores(reference, roles.utility, roles.safety).report.directions, COMPARED_DIRECTIONS)
-    stability = split_half_stability(reference, roles.safety, directions=count)
+    stability = split_half_stability(reference, roles.safety, kept=count)
     return {
         "core_dimension": roles.space.size,
         "ranks": entries,
