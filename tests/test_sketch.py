@@ -218,6 +218,13 @@ def test_the_sum_of_two_sketches_is_the_sketch_of_both_data_sets(model, space, r
     assert both.metadata["data"] == [part.metadata["data"] for part in parts]
 
 
+def test_a_sum_of_different_draws_does_not_overstate_its_sequences(model, space):
+    few, many = (collect_sketch(model, [BATCH], rank=8, labels="sampled", draws=draws) for draws in (1, 3))
+    for total in (few + many, many + few):
+        assert total.metadata["draws"] == 3
+        assert total.project(space).effective_sequences <= 2 * few.project(space).effective_sequences
+
+
 def test_split_halves_are_even_and_odd_sequences(model, space):
     sketch = collect_sketch(model, [BATCH], rank=FULL).project(space)
     even = collect_sketch(model, [rows(BATCH, [0, 2, 4])], rank=FULL).project(space)

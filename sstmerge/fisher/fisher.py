@@ -90,7 +90,7 @@ class Fisher:
         Draws of labels and points of a path score the same sequences again, which are no new data, so all of a sequence's
         scores count as one here. Of a sum of Fishers of different draws this is a lower bound.
         """
-        scores = _draws(self.metadata) * _points(self.metadata)
+        scores = draws_of(self.metadata) * _points(self.metadata)
         squared = scores * float(self.counts.squared_weights.sum())
         return float(self.counts.sequences.sum()) ** 2 / squared if squared else 0.0
 
@@ -250,7 +250,7 @@ class Fisher:
         metadata = {
             **_without_looks(self.metadata),
             "data": [entry for one in both for entry in _as_list(one.get("data"))],
-            "draws": max(map(_draws, both)),
+            "draws": max(map(draws_of, both)),
         }
         if penalties := [entry for one in both if "penalty" in one for entry in _as_list(one["penalty"])]:
             metadata["penalty"] = penalties
@@ -383,7 +383,8 @@ def _without_looks(metadata: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in metadata.items() if key != "convergence"}
 
 
-def _draws(metadata: Mapping[str, Any]) -> int:
+def draws_of(metadata: Mapping[str, Any]) -> int:
+    """Return how many label draws each sequence was scored with; 1 where that is not said, or is no number."""
     draws = metadata.get("draws")
     return draws if type(draws) is int and 0 < draws < 2**31 else 1
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from sstmerge.adapters import CoreSpace
 from sstmerge.adapters.basis import LayerGroup
 from sstmerge.errors import FisherError
-from sstmerge.fisher.fisher import Counts, Fisher
+from sstmerge.fisher.fisher import Counts, Fisher, draws_of
 from sstmerge.fisher.sketch_sums import (
     RandomSigns,
     nystrom_factor,
@@ -118,7 +118,9 @@ class Sketch:
         tensors |= score_cores(tensors, self.signs)
         data = [self.metadata.get("data"), other.metadata.get("data")]
         flat = [entry for part in data for entry in (part if isinstance(part, list) else [part])]
-        return Sketch(self.layers, self.signs, tensors, self.counts + other.counts, {**self.metadata, "data": flat})
+        draws = max(draws_of(one.metadata) for one in (self, other))
+        metadata = {**self.metadata, "data": flat, "draws": draws}
+        return Sketch(self.layers, self.signs, tensors, self.counts + other.counts, metadata)
 
     def _layer_statistics(self, name: str, group: LayerGroup, position: int) -> dict[str, Tensor]:
         """Return the statistics of a `kfac` Fisher in one layer, without the axis of layers."""

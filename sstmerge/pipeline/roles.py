@@ -86,9 +86,20 @@ def expand_reference(reference: str, roles: Roles) -> str:
     names = {adapter.name for adapter in roles.space.adapters}
     if "utility" in names and roles.reference == "utility":
         return reference
-    parts = reference.split(":")
-    expanded = ["+".join(roles.reference if t.strip() == "utility" else t for t in p.split("+")) for p in parts]
-    return ":".join(expanded)
+    return ":".join("+".join(_expanded(term, roles) for term in part.split("+")) for part in reference.split(":"))
+
+
+def _expanded(term: str, roles: Roles) -> str:
+    factor, multiplied, name = term.strip().rpartition("*")
+    if name.strip() != "utility":
+        return term
+    if not multiplied or roles.reference == "base":
+        return roles.reference
+    weights = [own.rpartition("*") for own in roles.reference.split("+")]
+    try:
+        return "+".join(f"{float(factor) * float(weight or 1)!r}*{adapter}" for weight, _, adapter in weights)
+    except ValueError:
+        return term  # what reads references says what is wrong
 
 
 def roles_in(space: CoreSpace, utilities: Sequence[str], safety: str, weights: Sequence[float] | None) -> Roles:
