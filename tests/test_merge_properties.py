@@ -335,3 +335,16 @@ def test_a_rank_limit_says_what_it_cuts_off(spectra, space):
     share = lost / float(merged.core.norm())
     (sentence,) = set(limited.merge.report.warnings) - set(free.merge.report.warnings)
     assert f"cuts off {share:.1%} of the merged adapter's norm" in sentence
+
+
+def test_halves_are_damped_as_the_whole_is(spectra, space):
+    pair = spectra["global"].gain, spectra["global"].cost
+    plain, kronecker = (solve(*pair, damping_metric=metric) for metric in ("identity", "kronecker"))
+    stability = split_half_stability(kronecker, space.core(SAFETY), kept=4)
+    own = []
+    for h in (0, 1):
+        half = solve(*(fisher.half(h) for fisher in pair), damping=kronecker.damping, damping_metric="kronecker")
+        step = merge_cores(half, space.zero(), space.core(SAFETY), selection=Selection(top=4)).core
+        own.append(0.5 * pair[1].half(h).quadratic(step))
+    assert stability.in_sample_kl == pytest.approx(sum(own) / 2, rel=1e-9)
+    assert stability != split_half_stability(plain, space.core(SAFETY), kept=4)

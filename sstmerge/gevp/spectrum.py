@@ -51,7 +51,10 @@ class Spectrum(ABC):
         damping: Relative damping that was used.
         eigenvalues: λ of every direction, shape (m,), float64. Directions that are not listed (`global` lists those in the
             span of the gain samples only) have λ = 0.
+        damping_metric: Metric K of the damping; the identity but for `global`.
     """
+
+    damping_metric: DampingMetric = "identity"
 
     def __init__(self, gain: Fisher, cost: Fisher, damping: float, eigenvalues: Tensor) -> None:
         self.space: CoreSpace = gain.space
@@ -237,6 +240,7 @@ class GlobalSpectrum(Spectrum):
 
     def __init__(self, gain: Fisher, cost: Fisher, damping: float, metric: DampingMetric) -> None:
         self._G_g, self._G_c = ScoreMatrix(gain), ScoreMatrix(cost)
+        self.damping_metric = metric
         self._metric = KroneckerMetric.of(cost, ENTRIES_PER_CHUNK) if metric == "kronecker" else None
         K_cc, K_cg, K_gg = self._G_c.grams(self._G_g, self._metric)
         shift: float = damping * float(K_cc.trace()) / len(K_cc)

@@ -76,7 +76,7 @@ def split_half_stability(
         The comparison.
     """
     halves = [(whole.gain.half(h), whole.cost.half(h)) for h in (0, 1)]
-    spectra = [solve(*half, damping=whole.damping) for half in halves]
+    spectra = [solve(*half, damping=whole.damping, damping_metric=whole.damping_metric) for half in halves]
     weights = _weights(whole, kept, mu, exponent)
     strongest = int((weights > 0.5 * weights.max()).count_nonzero())
     count = max(1, min(strongest, _COMPARED, *(len(s.eigenvalues) for s in spectra)))
