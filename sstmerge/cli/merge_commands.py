@@ -337,7 +337,8 @@ def report_table(result: Any) -> Table:
 
     report, stability = result.merge.report, result.stability
     table = Table(title=f"Merge: {report.rule}, {report.structure}", show_header=False)
-    table.add_row("directions kept", f"{report.directions} of {report.directions_in_all}")
+    kept = "directions of a weight above 1/2" if report.rule in ("wiener", "joint") else "directions kept"
+    table.add_row(kept, f"{report.directions} of {report.directions_in_all}")
     table.add_row("scale", f"{report.scale:.4f}")
     if report.mu is not None:
         table.add_row("mu", f"{report.mu:.4g}" + (f", exponent {report.exponent:g}" if report.exponent != 1.0 else ""))
