@@ -89,7 +89,7 @@ SHORT = Config(
     tasks=("sst2",),
     sizes=Sizes(safety=160, utility=160, calibration=64, test=48, task_test=48),  # as experiment A: the same adapters
     samples=(8, 32),
-    structures=(EXACT, "kfac", "diagonal"),
+    structures=(EXACT, "kfac", "ekfac", "diagonal"),
     references=("utility", HALF_WAY),
     training=SHORT_TRAINING,
 )

@@ -60,7 +60,7 @@ class MergeReport:
             filter, of the part of the adapter that the filter leaves.
         predicted_kl: ½ Δᵀ F_cost Δ of the change Δ from the utility model, nats per benign response token. Structures other
             than `global` leave out that layers act together, `global` that other prompts differ: experiment C measured 5
-            times as much for `kfac`, 16 for `diagonal` and thousands for `global` (docs/RESULTS.md).
+            times as much for `kfac`, 16 for `diagonal`, 25 for `ekfac` and thousands for `global` (docs/RESULTS.md).
         predicted_kl_task_arithmetic: The same for the whole safety adapter at the same scale.
         predicted_gain: g · Δ, first-order change of the refusals' log-probability, nats per response token.
         norm: Frobenius norm of Δ.
