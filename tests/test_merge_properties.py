@@ -348,3 +348,14 @@ def test_halves_are_damped_as_the_whole_is(spectra, space):
         own.append(0.5 * pair[1].half(h).quadratic(step))
     assert stability.in_sample_kl == pytest.approx(sum(own) / 2, rel=1e-9)
     assert stability != split_half_stability(plain, space.core(SAFETY), kept=4)
+
+
+@pytest.mark.parametrize("structure", ["diagonal", "kfac", "block", "global"])
+def test_a_gain_of_zero_is_reported_and_breaks_nothing(spectra, space, structure):
+    gain, roles = spectra[structure].gain, roles_in(space, [UTILITY], SAFETY, None)
+    nothing = {n: t if n == "score_half" or "count" in n else 0 * t for n, t in gain.statistics.items()}
+    spectrum = solve(replace(gain, statistics=nothing), spectra[structure].cost)
+    merged = merge_cores(spectrum, roles.utility, roles.safety, rule=Rule.WIENER, selection=Selection(mu=1.0))
+    result = finish(roles, merged, spectrum)
+    assert any("gain is zero in every direction" in sentence for sentence in result.merge.report.warnings)
+    assert (result.stability is None) if structure == "global" else (result.stability.held_out_kl == 0.0)

@@ -129,8 +129,8 @@ def most_efficient(eigenvalues: Tensor, kept: int) -> Tensor:
     Returns:
         The weights, shape (m,), of the eigenvalues' dtype.
     """
-    if kept == len(eigenvalues):
-        return torch.ones_like(eigenvalues)
+    if kept in (0, len(eigenvalues)):
+        return torch.full_like(eigenvalues, float(kept > 0))
     smallest = _among_the_largest(eigenvalues, kept).topk(kept, sorted=False).values.min()
     mask = (eigenvalues > smallest).to(eigenvalues.dtype)
     ties = (eigenvalues == smallest).nonzero().squeeze(1)

@@ -27,8 +27,8 @@ class Stability:
         held_out_cost: The same for the cost.
         in_sample_gain: Share of the gain that a half's step keeps on that half itself.
         held_out_kl: ½ Δᵀ F_cost Δ of a half's step Δ, at the merge's scale, by the other half's F_cost, nats per token;
-            mean of both ways. With few sequences this is the one to believe: directions are chosen where their own F_cost
-            is small.
+            mean of both ways. Of `global` this is the one to believe, whose directions are chosen where their own F_cost is
+            small. What other structures leave out (`MergeReport.predicted_kl`), both halves leave out.
         in_sample_kl: The same by the half's own F_cost.
     """
 
@@ -82,14 +82,12 @@ def split_half_stability(
     count = max(1, min(strongest, _COMPARED, *(len(s.eigenvalues) for s in spectra)))
     orthonormal = [_orthonormal(whole, _top_vectors(spectrum, count)) for spectrum in spectra]
     overlap = float((orthonormal[0] @ orthonormal[1].mT).square().sum()) / count
-    changes = [
-        scale * spectrum.apply_filter(source, _weights(spectrum, kept, mu, exponent), rest) for spectrum in spectra
-    ]
-    held_out_gain = [_share(halves[1 - h][0], changes[h], scale * source) for h in (0, 1)]
-    held_out_cost = [_share(halves[1 - h][1], changes[h], scale * source) for h in (0, 1)]
-    in_sample = [_share(halves[h][0], changes[h], scale * source) for h in (0, 1)]
-    held_out_kl = [halves[1 - h][1].quadratic(changes[h]) / 2 for h in (0, 1)]
-    in_sample_kl = [halves[h][1].quadratic(changes[h]) / 2 for h in (0, 1)]
+    changes = [spectrum.apply_filter(source, _weights(spectrum, kept, mu, exponent), rest) for spectrum in spectra]
+    held_out_gain = [_share(halves[1 - h][0], changes[h], source) for h in (0, 1)]
+    held_out_cost = [_share(halves[1 - h][1], changes[h], source) for h in (0, 1)]
+    in_sample = [_share(halves[h][0], changes[h], source) for h in (0, 1)]
+    held_out_kl = [scale**2 * halves[1 - h][1].quadratic(changes[h]) / 2 for h in (0, 1)]
+    in_sample_kl = [scale**2 * halves[h][1].quadratic(changes[h]) / 2 for h in (0, 1)]
     return Stability(
         directions=count,
         subspace_overlap=overlap,

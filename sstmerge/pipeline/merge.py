@@ -48,7 +48,8 @@ class MergeResult:
         gain: F_gain.
         cost: F_cost.
         spectrum: The solved pair.
-        stability: Agreement of the split halves; None where it was not asked for, or a half of the data is empty.
+        stability: Agreement of the split halves; None where it was not asked for, a half of the data is empty, or
+            no direction has a gain.
     """
 
     adapter: Adapter
@@ -367,7 +368,8 @@ def finish(
         )
         merged = replace(merged, report=replace(merged.report, warnings=(*merged.report.warnings, sentence)))
     agreement = None
-    if stability and _both_halves_have_tokens(spectrum):
+    # A global gain of zero has no direction at all, so there is nothing to compare.
+    if stability and len(spectrum.eigenvalues) and _both_halves_have_tokens(spectrum):
         source = roles.safety - roles.utility if merged.report.rule == Rule.JOINT else roles.safety
         source = source if spectrum.space is roles.space else spectrum.space.embed(source, roles.space)
         agreement = _stability(spectrum, source, merged)
@@ -394,7 +396,7 @@ def _both_halves_have_tokens(spectrum: Spectrum) -> bool:
 
 
 def _model_and_tokenizer(base: str | nn.Module | Callable[[], nn.Module], tokenizer: Any) -> tuple[nn.Module, Any]:
-    if isinstance(base, nn.Module) or callable(base):
+    if not isinstance(base, str):
         if tokenizer is None:
             raise InputError("A loaded model was given without its tokenizer; pass tokenizer=.")
         return base if isinstance(base, nn.Module) else base(), tokenizer
